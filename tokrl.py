@@ -457,7 +457,7 @@ def evaluate(policy, task: Task, start: Policy | None = None) -> dict:
         logp, exists = logp[several], exists[several]
         n = exists.sum(1)
         q = logp.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right)
-        measures["solution_entropy"] = (-(q.exp() * q).sum(1) / n.log()).mean().item()
+        measures["solution_entropy"] = (-(q.exp() * q).sum(1) / n.to(q).log()).mean().item()
         if start is not None:
             moved = (logp - solution_logprobs(start, task)[several]).masked_fill(~exists, 0.0)
             both = exists[:, :, None] & exists[:, None, :]  # (B,S,S): ordered pairs; a solution with itself adds 0
