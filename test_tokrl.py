@@ -509,3 +509,611 @@ def test_divergence_names_step_and_quantity(monkeypatch):
     with pytest.raises(FloatingPointError, match=r"rollout \d+, .*(loss|KL|gradient norm|log-ratio|learning tax)"):
         tokrl.train(Config(lr=1e30, steps=5), 100)
     tokrl.warm_start.cache_clear()
+
+
+# ---- The audit: what each place of the paper says, and what is measured ---------------------------------------------
+
+SHARED = 2  # the audited group shares "7+"
+
+
+def shared_group(lengths: list[int], noise: float, shared_ratio: float = 1.0, seed: int = 0):
+    """A group on the real transformer in float64: G completions of "75=" that share their first two tokens.
+
+    Returns logits (G,T,V) with gradient kept, log-probabilities (1,G,T), old ones, advantages (1,G), mask. `noise` is the
+    size of the log-ratios of the unshared tokens; the shared ones have one ratio for the whole group.
+    """
+    generator, G, T = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
+    tokens = torch.randint(2, 12, (1, G, T), generator=generator)
+    tokens[:, :, :SHARED] = torch.tensor(encode("7+"))
+    prompt = torch.tensor([encode("75=")])
+    rows = torch.cat([prompt.expand(G, -1), tokens[0, :, :-1]], dim=-1)
+    logits = random_policy(seed)(rows)[:, prompt.shape[1] - 1 :]
+    logits.retain_grad()
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[0, ..., None]).squeeze(-1)[None]
+    log_ratio = noise * torch.randn(1, G, T, dtype=torch.float64, generator=generator)
+    log_ratio[..., :SHARED] = math.log(shared_ratio)
+    mask = torch.arange(T) < torch.tensor(lengths)[None, :, None]
+    advantages = group_advantages(tensor([[1.0, 0, 0, 1, 0]])[:, :G])
+    return logits, logprobs, logprobs.detach() - log_ratio, advantages, mask
+
+
+def shared_push(loss: str, transform: str, *situation) -> float:
+    """|Σ_i gradient at the shared logits| / Σ_i |gradient|, as autograd leaves it: 0 cancels, 1 does not at all."""
+    logits, *rest = shared_group(*situation)
+    policy_loss(*rest, loss, transform, clip_eps=0.2).backward()
+    pushes = logits.grad[:, :SHARED]  # (G, 2, V): one row of logits per trajectory, the same numbers in each
+    w = transform_weights(effective_weights(loss, *rest, clip_eps=0.2), rest[2], rest[3], transform)
+    by_weights = -(rest[2][..., None] * w).mean(dim=1)[0, :SHARED, None] * score(logits)
+    assert torch.allclose(pushes.sum(0), by_weights, atol=1e-14), "autograd and the weights disagree"
+    total = pushes.norm(dim=-1).sum().item()
+    return pushes.sum(0).norm().item() / total if total else 0.0  # a fully clipped group pushes nothing
+
+
+def score(logits):
+    """∇_logits log π(shared token): one-hot − p, at the shared places, (2, V)."""
+    return torch.nn.functional.one_hot(torch.tensor(encode("7+")), len(VOCAB)) - logits[0, :SHARED].detach().softmax(-1)
+
+
+SITUATIONS = {  # lengths, noise of the log-ratios, ratio of the shared tokens
+    "on-policy": ([5, 5, 5, 5, 5], 0.0, 1.0),
+    "unequal lengths": ([3, 5, 4, 6, 5], 0.0, 1.0),
+    "off-policy": ([5, 5, 5, 5, 5], 0.05, 1.05),
+    "a clip bites": ([5, 5, 5, 5, 5], 0.0, 1.8),
+}
+
+
+def audit_eq2(loss: str):
+    """Eq. 2 at a token that the whole group shares, for one loss."""
+    pushes = {name: shared_push(loss, "off", *situation) for name, situation in SITUATIONS.items()}
+    broken = [name for name, push in pushes.items() if push > 1e-3]
+    assert all(push > 1e-3 or push < 1e-12 for push in pushes.values())
+    needs = {"unequal lengths": "lengths are equal", "off-policy": "ratios are equal", "a clip bites": "no clip bites"}
+    verdict = "holds only if " + " and ".join(needs[name] for name in broken) if broken else "holds"
+    return "Eq. 2", f"{loss}: a shared token's pushes cancel", measured(pushes), verdict
+
+
+def measured(numbers: dict) -> str:
+    return ", ".join(f"{name} {value:.1e}" if 0 < abs(value) < 1e-3 else f"{name} {value:.3g}" for name, value in numbers.items())
+
+
+@pytest.mark.parametrize("loss, verdict", [
+    ("reinforce", "holds"), ("cispo", "holds"), ("grpo_sym", "holds"),
+    ("grpo", "holds only if lengths are equal and no clip bites"),
+    ("dr_grpo", "holds only if no clip bites"), ("dapo", "holds only if no clip bites"),
+    ("gspo", "holds only if lengths are equal and ratios are equal and no clip bites"),
+    ("seq", "holds only if ratios are equal")])
+def test_eq2(loss, verdict):
+    assert audit_eq2(loss)[3] == verdict
+
+
+@pytest.mark.parametrize("transform", ["min", "orth"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_eq2_holds_under_the_transforms(loss, transform):
+    for name, situation in SITUATIONS.items():
+        logits, *rest = shared_group(*situation)
+        w = transform_weights(effective_weights(loss, *rest), rest[2], rest[3], transform)
+        assert cancellation_residual(w, rest[2])[:, :SHARED].max() < 1e-12, name
+        policy_loss(*rest, loss, transform).backward()
+        assert logits.grad[:, :SHARED].sum(0).abs().max() < 1e-12, name
+
+
+def audit_section4_factorised():
+    """Section 4, two trajectories, Â = ∓A, token-factorised weights."""
+    A, rho = 0.7, 1.3
+    logprobs = tensor([[[math.log(rho), 0.4], [math.log(rho), -0.6]]])
+    w = effective_weights("dr_grpo", logprobs, logprobs * 0, tensor([[-A, A]]), torch.ones(1, 2, 2), math.inf, max_length=1)
+    residual = cancellation_residual(w, tensor([[-A, A]]))[0, 0].item()
+    return "§4", "token-factorised: (ρ/2)(Â₁ + Â₂) = 0", f"residual {residual:.1e}", "holds" if residual < 1e-15 else "fails"
+
+
+def audit_section4_coupled():
+    """Section 4, the same with sequence-coupled weights: A ρ |u₂ − u₁| / 2."""
+    worst, generator = 0.0, torch.Generator().manual_seed(0)
+    for A, rho, *u in (torch.rand(100, 4, dtype=torch.float64, generator=generator) + 0.5).tolist():
+        logprobs = tensor([[[math.log(rho), math.log(u[0])], [math.log(rho), math.log(u[1])]]])
+        advantages = tensor([[-A, A]])
+        w = effective_weights("seq", logprobs, logprobs * 0, advantages, torch.ones(1, 2, 2), max_length=1)
+        worst = max(worst, abs(cancellation_residual(w, advantages)[0, 0].item() - A * rho * abs(u[1] - u[0]) / 2))
+    return "§4", "sequence-coupled: A ρ |u₂ − u₁| / 2", f"worst of 100 errors {worst:.1e}", "holds" if worst < 1e-14 else "fails"
+
+
+def audit_section4_clip():
+    """Section 4: a clip that looks at the sign of Â breaks the cancellation, a symmetric one repairs it."""
+    pushes = {loss: shared_push(loss, "off", *SITUATIONS["a clip bites"]) for loss in ("dr_grpo", "grpo_sym")}
+    holds = pushes["dr_grpo"] > 0.1 and pushes["grpo_sym"] < 1e-12
+    return "§4", "an asymmetric clip breaks it, GRPO-fix repairs it", measured(pushes), "holds" if holds else "fails"
+
+
+def test_section4():
+    assert [audit()[3] for audit in (audit_section4_factorised, audit_section4_coupled, audit_section4_clip)] == ["holds"] * 3
+
+
+def flat_gradient(output, policy):
+    """d output / d parameters as one vector."""
+    gradients = torch.autograd.grad(output, list(policy.parameters()), retain_graph=True, allow_unused=True)
+    return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
+                      for p, g in zip(policy.parameters(), gradients)])
+
+
+def quadratic_form(policy, history, g) -> float:
+    """gᵀFg at one place: the variance under π of the logits' change J g, J by one backward pass per logit."""
+    logits = policy(history)[0, -1]
+    change, p = torch.stack([flat_gradient(z, policy) @ g for z in logits]), logits.detach().softmax(-1)
+    return ((p * change**2).sum() - (p * change).sum() ** 2).item()
+
+
+def group_gradient(transform: str, own_term_only: bool):
+    """(policy, history h*, ascent direction g) for a group under seq, off-policy, at its first shared token."""
+    policy, history = random_policy(0), torch.tensor([encode("75=")])
+    _, _, old, advantages, mask = shared_group(*SITUATIONS["off-policy"])
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 12, (1, 5, 5), generator=generator)
+    tokens[:, :, :SHARED] = torch.tensor(encode("7+"))
+    logprobs = token_logprobs(policy, history, tokens)
+    if own_term_only:  # Eq. 2's term: what the first shared token itself pushes
+        w = transform_weights(effective_weights("seq", logprobs, old, advantages, mask), advantages, mask, transform)
+        return policy, history, flat_gradient((advantages * w[..., 0] * logprobs[..., 0]).mean(), policy)
+    return policy, history, -flat_gradient(policy_loss(logprobs, old, advantages, mask, "seq", transform), policy)
+
+
+def audit_prop31():
+    """Prop. 3.1: the KL after one step against ½ η² gᵀFg, on the transformer, in parameter space."""
+    policy, history, g = group_gradient("off", own_term_only=True)
+    gFg, before = quadratic_form(policy, history, g), policy(history)[0, -1].log_softmax(-1).detach()
+    start, points = torch.nn.utils.parameters_to_vector(policy.parameters()).detach(), []
+    for eta in (2 * torch.logspace(-9.9, -5.1, 9, dtype=torch.float64) / gFg).sqrt():  # so that KL lies in 1e-10 .. 1e-5
+        torch.nn.utils.vector_to_parameters(start + eta * g, policy.parameters())
+        after = policy(history)[0, -1].log_softmax(-1).detach()
+        d = before - after
+        kl = (after.exp() * (torch.expm1(d) - d)).sum().item()  # Σ p⁺ (e^d − 1 − d): no cancellation of digits
+        if 1e-10 < kl < 1e-5:
+            points.append((math.log(eta), math.log(kl), kl / (0.5 * eta.item() ** 2 * gFg)))
+    slope = np.polyfit([p[0] for p in points], [p[1] for p in points], 1)[0]
+    worst = max(abs(ratio - 1) for *_, ratio in points)
+    holds = len(points) >= 5 and abs(slope - 2) < 0.01 and worst < 0.01
+    return ("Prop. 3.1", "KL after a step = ½ η² gᵀFg", f"slope {slope:.4f}, worst ratio error {worst:.1e} at {len(points)} η",
+            "holds" if holds else "fails")
+
+
+def audit_prop31_other_tokens():
+    """The objection to Prop. 3.1: shared parameters carry other tokens' gradients to h*, with a residual of exactly 0."""
+    forms = {kind: quadratic_form(*group_gradient(kind, own_term_only=False)) for kind in ("off", "min")}
+    own = quadratic_form(*group_gradient("min", own_term_only=True))
+    holds = forms["min"] < 1e-3 * forms["off"]
+    return ("Prop. 3.1", "where the residual is 0, π(·|h*) does not move", f"gᵀFg at h*: own term {own:.1e}, whole step "
+            f"{forms['min']:.3g} under min, {forms['off']:.3g} under off", "holds" if holds else "fails")
+
+
+def test_prop31():
+    assert audit_prop31()[3] == "holds"
+    assert audit_prop31_other_tokens()[3] == "fails"
+    assert quadratic_form(*group_gradient("min", own_term_only=True)) < 1e-20
+
+
+def log_odds_change(p: list[float], kappa: tuple[float, float], eta: float = 1e-6) -> float:
+    """Change of log p_a/p_b per η when outputs a and b of a softmax are pushed with weights κ: ½ Σ κ_i (e_i − p)."""
+    p = tensor(p)
+    z, e = p.log(), torch.eye(3, dtype=torch.float64)
+    z = z + eta * 0.5 * (kappa[0] * (e[0] - p) + kappa[1] * (e[1] - p))
+    return ((z[0] - z[1] - (p[0] / p[1]).log()) / eta).item()
+
+
+def audit_cor32_even():
+    """Cor. 3.2 where both solutions are equally likely: Δ log-odds = η c (κ_a − κ_b), here with c = ½."""
+    changes = {k: log_odds_change([0.45, 0.45, 0.1], k) for k in ((1.0, 1.0), (1.2, 1.0), (1.0, 2.0))}
+    worst = max(abs(change - 0.5 * (a - b)) for (a, b), change in changes.items())
+    return ("Cor. 3.2", "Δ log-odds = η c (κ_a − κ_b)", f"p = (.45, .45, .1), c = ½: worst error {worst:.1e}",
+            "holds" if worst < 1e-6 else "fails")
+
+
+def audit_cor32_collapse():
+    """Cor. 3.2: κ_a > κ_b for ever. A sampled output is pushed in proportion to its probability; a demonstrated one is not."""
+    entropy, e = {}, torch.eye(3, dtype=torch.float64)
+    for name in ("pushed when sampled", "pushed equally often"):
+        z = tensor([0.0, 0.0, -1.0])
+        for _ in range(3000):
+            p = z.softmax(0)
+            often = p[:2] if name == "pushed when sampled" else tensor([0.5, 0.5])
+            z = z + often[0] * 1.1 * (e[0] - p) + often[1] * (e[1] - p)
+        q = z[:2].log_softmax(0)
+        entropy[name] = -(q.exp() * q).sum().item() / math.log(2)
+    collapsed = [name for name, h in entropy.items() if h < 0.05]
+    return ("Cor. 3.2", "κ_a > κ_b for ever: entropy goes to 0", "entropy after 3,000 steps: " + measured(entropy),
+            "holds" if len(collapsed) == 2 else f"holds only if {collapsed[0]}" if collapsed else "fails")
+
+
+def audit_cor32_counterexample():
+    """Cor. 3.2 where they are not: equal weights, p = (.6, .3, .1), and yet the odds move by −0.3 η."""
+    change = log_odds_change([0.6, 0.3, 0.1], (1.0, 1.0))
+    return ("Cor. 3.2", "equal κ: no drift", f"p = (.6, .3, .1): {change:.6f} η",
+            "holds" if abs(change) < 1e-6 else "holds only if c(x) is one number for both")
+
+
+def test_cor32():
+    assert audit_cor32_even()[3] == "holds"
+    assert audit_cor32_collapse()[3] == "holds only if pushed when sampled"
+    assert audit_cor32_counterexample()[3] == "holds only if c(x) is one number for both"
+    assert log_odds_change([0.6, 0.3, 0.1], (1.0, 1.0)) == pytest.approx(-0.3, abs=1e-6)
+
+
+def audit_cor33_random():
+    """Cor. 3.3: random unclipped sequence-coupled weights do not cancel."""
+    generator, n = torch.Generator().manual_seed(0), 100_000
+    log_ratio = 0.1 * torch.randn(n, 4, 3, dtype=torch.float64, generator=generator)
+    rewards = torch.rand(n, 4, dtype=torch.float64, generator=generator)
+    A = group_advantages(rewards, normalize=False)
+    w = effective_weights("seq", log_ratio, log_ratio * 0, A, torch.ones(n, 4, 3), max_length=1)
+    residual = cancellation_residual(w, A)[:, 0]
+    count = int((residual < 1e-9).sum())
+    return ("Cor. 3.3", "seq off-policy: cancellation has measure zero", f"{count} of 100,000 draws under 1e-9, "
+            f"smallest {residual.min():.1e}", "holds" if count == 0 else "fails")
+
+
+def audit_cor33_necessary():
+    """Equal weights suffice for cancellation; they are not necessary."""
+    u, A = tensor([[[1.0], [3.0], [2.0]]]), tensor([[1.0, 1.0, -2.0]])
+    residual = cancellation_residual(u, A).item()
+    return "Cor. 3.3", "only equal weights cancel", f"Â = (1, 1, −2), u = (1, 3, 2): residual {residual:.0e}", (
+        "fails" if residual == 0 else "holds")
+
+
+def audit_cor33_positive_probability():
+    """Cases of positive probability that cancel: the first inner step, a fully clipped group, identical completions."""
+    A, ones = tensor([[1.0, -1.0]]), torch.ones(1, 2, 2)
+    old = tensor([[[-1.0, -2.0], [-1.0, -0.5]]])
+    shift = tensor([[[0.0, 1.0], [0.0, -1.0]]])
+    same = tensor([[[0.3, 0.4], [0.3, 0.4]]])
+    cases = {"first inner step": effective_weights("seq", old, old, A, ones), "identical completions":
+             effective_weights("seq", same, same * 0, A, ones), "fully clipped group":
+             effective_weights("gspo", old + shift, old, A, ones)}
+    residuals = {name: cancellation_residual(w, A)[0, 0].item() for name, w in cases.items()}
+    return ("Cor. 3.3", "so in training non-cancellation is the norm", measured(residuals),
+            "holds only if ratios are continuous" if max(residuals.values()) < 1e-15 else "holds")
+
+
+def test_cor33():
+    audits = (audit_cor33_random, audit_cor33_necessary, audit_cor33_positive_probability)
+    assert [audit()[3] for audit in audits] == ["holds", "fails", "holds only if ratios are continuous"]
+
+
+PLACES = {"min": "Eq. 17", "orth": "Eq. 18"}
+
+
+def audit_transform_cancels(kind: str):
+    """Exact cancellation for every loss, off-policy, with ragged masks, where at least two trajectories are alive."""
+    worst = 0.0
+    for seed, loss in itertools.product(range(20), LOSSES):
+        logprobs, old, A, mask = random_case(seed)
+        w = transform_weights(effective_weights(loss, logprobs, old, A, mask), A, mask, kind)
+        worst = max(worst, cancellation_residual(w, A)[mask.all(dim=1)].max().item())
+    return PLACES[kind], f"{kind}: shared tokens cancel under every loss", f"worst residual {worst:.1e}", (
+        "holds" if worst < 1e-12 else "fails")
+
+
+def audit_transform_stop_gradient(kind: str):
+    """Let the gradient flow through the weights, and the shared token is pushed again."""
+    logits, logprobs, old, A, mask = shared_group(*SITUATIONS["off-policy"])
+    pushes = {}
+    for name in ("stopped", "flowing"):
+        logits.grad = None
+        w = ((logprobs - old) * mask).sum(-1, keepdim=True).exp().expand_as(logprobs) * mask  # seq, with gradient
+        w = transform_weights(w if name == "flowing" else w.detach(), A, mask, kind)
+        (-(A[..., None] * w * logprobs).mean()).backward(retain_graph=True)
+        pushes[name] = (logits.grad[:, :SHARED].sum(0).norm() / logits.grad[:, :SHARED].norm(dim=-1).sum()).item()
+    holds = pushes["stopped"] < 1e-12 and pushes["flowing"] > 1e-3
+    return PLACES[kind], f"{kind}: the stop-gradient is needed", measured(pushes), "holds" if holds else "fails"
+
+
+def audit_transform_on_policy(kind: str):
+    """On-policy with equal lengths all weights are equal, and the transform changes nothing."""
+    _, logprobs, old, A, mask = shared_group(*SITUATIONS["on-policy"])
+    worst = 0.0
+    for loss in LOSSES:
+        w = effective_weights(loss, logprobs, old, A, mask)
+        worst = max(worst, (transform_weights(w, A, mask, kind) - w).abs().max().item())
+    return PLACES[kind], f"{kind}: no change on-policy at equal lengths", f"largest change {worst:.1e}", (
+        "holds" if worst < 1e-12 else "fails")
+
+
+def audit_transform_bias(kind: str):
+    """The price: seq without a clip is the unbiased off-policy weight, and the transform moves its expected gradient."""
+    biases = {name: enumerated_bias("seq", name, off_policy=True) for name in ("off", kind)}
+    return PLACES[kind], f"{kind}: the expected gradient keeps its direction and size", "relative bias " + measured(biases), (
+        "holds" if biases[kind] < 1e-9 else "fails")
+
+
+@pytest.mark.parametrize("kind", ["min", "orth"])
+def test_eq17_and_eq18(kind):
+    audits = (audit_transform_cancels, audit_transform_stop_gradient, audit_transform_on_policy, audit_transform_bias)
+    assert [audit(kind)[3] for audit in audits] == ["holds", "holds", "holds", "fails"]
+
+
+def recorded() -> dict:
+    return json.loads((HERE / "figures" / "failure-modes.json").read_text())["arms"]
+
+
+def audit_prediction(name: str):
+    """One of the paper's three predictions, off against on, from the recorded runs: paired, with 95% intervals."""
+    arms = recorded()
+
+    def value(arm, row):
+        accuracy, i = arm["curves"]["accuracy"][row], tokrl.reached(arm, row)
+        return {"rollouts to accuracy 0.9": arm["curves"]["step"][-1 if i is None else i],  # never: all of them
+                "jitter (mean |second difference| of accuracy)": np.abs(np.diff(accuracy, 2)).mean(),
+                "final accuracy": arm["final"]["accuracy"][row]}[name]
+
+    off, on = ([value(arms[label], row) for row in range(len(arms[label]["seeds"]))] for label in ("off", "on"))
+    difference, low, high = tokrl.bootstrap(off, on)
+    better = low > 0 if name != "final accuracy" else high < 0
+    worse = high < 0 if name != "final accuracy" else low > 0
+    verdict = "holds" if better else "fails" if worse else "fails (no difference seen)"
+    return "predictions", f"{name}: better under min", f"off − on {difference:+.3g} [{low:+.3g}, {high:+.3g}]", verdict
+
+
+PREDICTIONS = {  # the toy refutes the paper's three predictions; one of them with the opposite sign
+    "rollouts to accuracy 0.9": "fails", "jitter (mean |second difference| of accuracy)": "fails (no difference seen)",
+    "final accuracy": "fails (no difference seen)"}
+
+
+def test_predictions():
+    assert {name: audit_prediction(name)[3] for name in PREDICTIONS} == PREDICTIONS
+
+
+AUDIT = ([(audit_eq2, loss) for loss in LOSSES]
+         + [(audit_section4_factorised,), (audit_section4_coupled,), (audit_section4_clip,), (audit_prop31,),
+            (audit_prop31_other_tokens,), (audit_cor32_even,), (audit_cor32_collapse,), (audit_cor32_counterexample,), (audit_cor33_random,),
+            (audit_cor33_necessary,), (audit_cor33_positive_probability,)]
+         + [(audit, kind) for kind in ("min", "orth") for audit in (audit_transform_cancels, audit_transform_stop_gradient,
+                                                                    audit_transform_on_policy, audit_transform_bias)]
+         + [(audit_prediction, name) for name in PREDICTIONS])
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, says", [
+    ("--lr 0", "lr must be positive"), ("--lr -1", "lr must be positive"), ("--lr inf", "lr must be"), ("--lr nan", "lr must be"),
+    ("--lr fast", "--lr"), ("--kl -0.1", "kl must be"), ("--kl inf", "kl must be"), ("--kl nan", "kl must be"),
+    ("--clip-eps 0", "clip-eps must be"), ("--clip-eps -1", "clip-eps must be"), ("--clip-eps nan", "clip-eps must be"),
+    ("--loss reinforce --clip-eps 0.2", "clip-eps does not apply to reinforce"),
+    ("--loss seq --clip-eps inf", "clip-eps does not apply to seq"), ("--loss ppo", "gspo"), ("--task multiply", "commute"),
+    ("--transform max", "orth"), ("--fork -1", "fork must be"), ("--fork 8", "fork must be below 8"),
+    ("--task add --fork 4", "fork must be below 4"), ("--fork 1.5", "--fork"), ("--group-size 1", "group-size must be"),
+    ("--prompts 0", "prompts must be"), ("--inner-steps 0", "inner-steps must be"), ("--steps 0", "steps must be"),
+    ("--steps 1e3", "--steps"), ("--seeds 3-1", "0 <= A <= B"), ("--seeds -1", "--seeds"), ("--seeds a", "got 'a'"),
+    ("--seeds 0-", "got '0-'"), ("--experiment ablation", "frontier"), ("--experiment control --loss gspo", "leave it out"),
+    ("--experiment control --transform on", "leave it out"), ("--experiment control --fork 2", "sets --fork itself"),
+    ("--experiment frontier --lr 1e-3", "sets --lr itself"), ("--experiment group-size --prompts 4", "sets --prompts itself"),
+    ("--experiment adapt --task split", "sets --task itself"), ("--experiment losses --clip-eps 0.3", "sets --clip-eps itself"),
+    ("--plot --steps 3", "leave out --steps"), ("--plot", "no results in runs"), ("--plot --out nowhere", "no results in nowhere"),
+    ("--step 3", "--step"), ("commute", "commute"), ("--out", "--out"), ("--out file", "file"), ("--out file/deep", "file"),
+])
+def test_a_wrong_command_line_gets_one_line_and_status_2(line, says, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("in the way")
+    assert tokrl.main(line.split()) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("tokrl.py: ") and err.count("\n") == 1 and says in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+X, A1 = torch.zeros(1, 2, 3), torch.zeros(1, 2)
+TOKENS = torch.zeros(1, 2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda: effective_weights("ppo", X, X, A1, X), "ppo"), (lambda: policy_loss(X, X, A1, X, "GSPO"), "GSPO"),
+    (lambda: effective_weights("gspo", X[0], X, A1, X), "logprobs"), (lambda: effective_weights("gspo", X, X[..., :1], A1, X), "old_logprobs"),
+    (lambda: effective_weights("gspo", X, X, A1[:, :1], X), "advantages"), (lambda: effective_weights("gspo", X, X, A1[0], X), "advantages"),
+    (lambda: effective_weights("gspo", X, X, A1, X[0]), "mask"), (lambda: effective_weights("gspo", X, X, A1, X + 2), "0 and 1"),
+    (lambda: effective_weights("gspo", X.long(), X, A1, X), "logprobs"), (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=0), "clip_eps"),
+    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, -1)), "clip_eps"),
+    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, 0.2, 0.3)), "clip_eps"),
+    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps="0.2"), "clip_eps"),
+    (lambda: effective_weights("seq", X, X, A1, X, max_length=0), "max_length"), (lambda: effective_weights("seq", X, X, A1, X, max_length="3"), "max_length"),
+    (lambda: transform_weights(X, A1, X, "on"), "on"), (lambda: transform_weights(X, A1, X[:, :1], "min"), "advantages"),
+    (lambda: transform_weights(X[..., :2], A1, X, "min"), "weights"), (lambda: policy_loss(X, X, A1, X, "gspo", "max"), "max"),
+    (lambda: group_advantages(A1[0]), "rewards"), (lambda: group_advantages(A1[:, :1]), "rewards"), (lambda: group_advantages(A1.long()), "rewards"),
+    (lambda: cancellation_residual(X, A1[:, :1]), "weights"), (lambda: cancellation_residual(X[0], A1), "weights"),
+    (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS[0]), "prompts"), (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS), "prompts"),
+    (lambda: Policy()(TOKENS), "tokens"), (lambda: Policy()(TOKENS[0].float()), "tokens"), (lambda: Policy()(TOKENS[0].repeat(1, 9)), "context"),
+    (lambda: sample_groups(Policy(), TOKENS[0], 2, 3, 3, None), "fork"), (lambda: sample_groups(Policy(), TOKENS[0], 0, 0, 3, None), "group_size"),
+    (lambda: sample_groups(Policy(), TOKENS, 2, 0, 3, None), "prompts"), (lambda: Config(loss="ppo"), "loss"),
+    (lambda: Config(transform="on"), "transform"), (lambda: Config(task="x"), "task"), (lambda: Config(group_size=2.0), "group-size"),
+    (lambda: Config(adapt=-1), "adapt"),
+])
+def test_a_wrong_library_call_raises_value_error_naming_it(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def start(*arguments, **options):
+    """Start the program as a user would, in a process group of its own."""
+    return subprocess.Popen([sys.executable, str(HERE / "tokrl.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def outcome(process):
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def results(folder: Path, name: str = "failure-modes") -> dict:
+    """EXPERIMENT.json but for what may differ: the command and the timing."""
+    result = json.loads((folder / f"{name}.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}"))
+    return {k: v for k, v in result.items() if k not in ("timing", "command")}
+
+
+@pytest.fixture(scope="module")
+def both_arms(tmp_path_factory):
+    """`--transform on`, then `--transform off` in one folder: their outcomes."""
+    folder = tmp_path_factory.mktemp("runs")
+    short = ("--steps", 3, "--prompts", 2, "--out", folder)
+    return folder, short, outcome(start("--transform", "on", *short)), outcome(start("--transform", "off", *short))
+
+
+@pytest.mark.slow
+def test_each_arm_is_drawn_beside_the_other_if_that_exists(both_arms):
+    folder, _, first, second = both_arms
+    for (status, out, err), arms in ((first, ["on"]), (second, ["off", "on"])):
+        assert status == 0 and "Traceback" not in err
+        lines = out.splitlines()
+        assert [line.split()[1] for line in lines if line.startswith("| o")] == arms
+        assert sum("=" in line and line.startswith("    ") for line in lines) == 4  # two prompts, two solutions each
+        assert out.count("Three samples") == len(arms) and "tokens per second" in out
+        assert lines[-1] == f"Figure: {folder / 'failure-modes.png'}"
+        assert re.search(r"(on|off), seed 0: rollout 3/3, accuracy 0\.\d\d, solution entropy \d\.\d\d, residual \d", err)
+    result = json.loads((folder / "failure-modes.json").read_text())
+    assert result.keys() == {"experiment", "command", "versions", "config", "arms", "timing"}
+    assert list(result["arms"]) == ["off", "on"] and "--transform off" in result["command"]
+    for label, arm in result["arms"].items():
+        assert (arm["loss"], arm["transform"], arm["fork"], arm["seeds"]) == ("gspo", tokrl.ARMS[label], 2, [0])
+        assert arm["final"].keys() == set(tokrl.MEASURES) and arm["curves"].keys() == {"step", *tokrl.MEASURES}
+        assert arm["curves"]["step"] == [0, 1, 2, 3] and all(len(arm["curves"][m][0]) == 4 for m in tokrl.MEASURES)
+    assert result["arms"]["on"]["final"]["residual"][0] < 1e-6
+    assert (folder / "failure-modes.png").read_bytes()[:4] == b"\x89PNG"
+    assert {p.name for p in folder.iterdir()} == {".cache", "failure-modes.json", "failure-modes.png"}
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_not_trained_again_unless_fresh_or_damaged(both_arms, capsys):
+    folder, short, *_ = both_arms
+    before, line = results(folder), [str(x) for x in short]
+    assert tokrl.main(line) == 0
+    captured = capsys.readouterr()
+    assert "2 runs, 0 still to train" in captured.err and "rollout" not in captured.err.split("\n", 1)[1]
+    assert results(folder) == before
+    picture = (folder / "failure-modes.png").read_bytes()
+    (folder / "failure-modes.png").unlink()
+    assert tokrl.main(["--plot", "--out", str(folder)]) == 0
+    assert (folder / "failure-modes.png").read_bytes() == picture and tokrl.table(before) in capsys.readouterr().out
+    kept = sorted((folder / ".cache").iterdir())
+    kept[0].write_text(kept[0].read_text()[:100])  # truncated: named, and trained again to the same bits
+    assert tokrl.main(line) == 0
+    captured = capsys.readouterr()
+    assert f"{kept[0]} is not a finished run" in captured.err and "1 still to train" in captured.err
+    assert results(folder) == before
+
+
+def test_a_kept_run_belongs_to_its_configuration_seed_and_code(tmp_path, monkeypatch):
+    path = lambda *a: tokrl.kept_path(tmp_path, *a)
+    paths = {path(Config(), 0), path(Config(), 1), path(Config(lr=2e-4), 0), path(Config(transform="min"), 0)}
+    assert len(paths) == 4 and path(Config(fork=2, clip_eps=0.04), 0) == path(Config(), 0)
+    for name in ("tokrl.py", "toy_tasks.py"):  # an edit of either file is never answered with an old curve
+        shutil.copy(HERE / "tokrl.py", tmp_path), shutil.copy(HERE / "toy_tasks.py", tmp_path)
+        with open(tmp_path / name, "a") as file:
+            file.write("# an edit\n")
+        monkeypatch.setattr(tokrl, "__file__", str(tmp_path / "tokrl.py"))
+        tokrl.source_hash.cache_clear()
+        assert path(Config(), 0) not in paths
+    monkeypatch.undo()
+    tokrl.source_hash.cache_clear()
+    assert path(Config(), 0) in paths
+
+
+@pytest.mark.slow
+def test_killed_and_given_again_ends_with_the_same_bits(tmp_path):
+    line = ("--transform", "orth", "--seeds", "0-1", "--steps", 3, "--prompts", 2, "--out")
+    assert outcome(start(*line, tmp_path / "whole"))[0] == 0
+    process = start(*line, tmp_path / "killed")
+    while process.poll() is None and not list((tmp_path / "killed").glob(".cache/*.json")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    status, _, err = outcome(start(*line, tmp_path / "killed"))
+    assert status == 0 and results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
+    def workers(process):
+        children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+        return [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
+
+    def gone(pids):
+        for _ in range(100):
+            if not any(Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def started(*line):
+        process = start(*line, "--out", tmp_path)
+        while len(workers(process)) < min(2, os.cpu_count()):
+            time.sleep(0.05)
+        return process, workers(process)
+
+    process, pids = started()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group, workers still importing included
+    status, out, err = outcome(process)
+    assert status == 130 and "The same command continues" in err and "Traceback" not in err and gone(pids)
+    process, pids = started()
+    os.kill(pids[0], signal.SIGKILL)
+    status, out, err = outcome(process)
+    assert status == 1 and re.search(r"the process that trained (on|off), seed 0 died", err) and "Traceback" not in err and gone(pids)
+    process, pids = started()
+    process.kill()
+    process.communicate()
+    assert gone(pids)
+
+
+@pytest.mark.slow
+def test_a_diverging_run_is_named_and_the_others_finish(tmp_path):
+    status, out, err = outcome(start("--lr", 1e30, "--steps", 3, "--prompts", 2, "--out", tmp_path))
+    assert status == 1 and "Traceback" not in err
+    assert re.search(r"tokrl.py: off, seed 0 diverged: rollout \d+, ", err) and re.search(r"on, seed 0 diverged: rollout", err)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"experiment": "control", "arms": {}}', '{"experiment": "control", "arms": {"off": 3}}'])
+def test_plot_names_a_damaged_result_and_draws_the_others(content, tmp_path, capsys):
+    shutil.copy(HERE / "figures" / "failure-modes.json", tmp_path)
+    (tmp_path / "control.json").write_text(content)
+    assert tokrl.main(["--plot", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "control.json is not a whole result" in err and "--experiment control" in err
+    assert (tmp_path / "failure-modes.png").exists() and not (tmp_path / "control.png").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    tokrl.write_json(tmp_path / "a.json", {"old": 1})
+
+    def half(path):
+        path.write_text("{")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        tokrl.write_whole(tmp_path / "a.json", half)
+    with pytest.raises(ValueError):
+        tokrl.write_json(tmp_path / "a.json", {"new": math.nan})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_experiments_are_the_settings_they_say():
+    base = Config(steps=40)
+    arms = {name: tokrl.experiment_arms(name, base) for name in tokrl.EXPERIMENTS}
+    assert list(arms["failure-modes"]) == list(arms["control"]) == ["off", "on", "orth"]
+    assert {a.fork for a in arms["control"].values()} == {0}
+    assert arms["frontier"]["orth lr=0.0001"] == replace(base, transform="orth")
+    assert len(arms["losses"]) == 18 and arms["losses"]["on seq"].clip_eps is None
+    assert arms["losses"]["off gspo unclipped"].clip_eps == math.inf and arms["losses"]["off dapo"].clip_eps == 0.2
+    assert {a.group_size * a.prompts for a in arms["group-size"].values()} == {64}
+    assert [(a.kl, a.adapt, a.transform) for a in arms["adapt"].values()] == [(0.0, 20, "off"), (0.0, 20, "min"), (0.02, 20, "off"), (0.02, 20, "min")]
+
+
+def test_bootstrap_and_table_by_hand():
+    assert tokrl.bootstrap([3, 3, 3], [1, 1, 1]) == (2.0, 2.0, 2.0)
+    assert tokrl.bootstrap([3, 5], [1, 1], np.divide)[0] == 4.0
+    value, low, high = tokrl.bootstrap(list(range(100)), [0] * 100)  # mean 49.5 ± 1.96 · 28.9 / 10
+    assert value == 49.5 and abs(low - 43.8) < 0.5 and abs(high - 55.2) < 0.5
+    # paired: one huge seed in both arms does not widen the difference
+    assert tokrl.bootstrap([1, 2, 1000], [0, 1, 999]) == (1.0, 1.0, 1.0)
+    assert tokrl.compare([0.5, 0.5], [0.9, 0.9], "solution entropy", True) == "5.00 [5.00, 5.00]"
+    assert tokrl.compare([None, 2.0], [1.0, 1.0], "solution drift (nats)", False) == "+1.00 [+1.00, +1.00]"
+    assert tokrl.compare([None], [1.0], "residual", False) == "" == tokrl.compare([1.0], [1.0], "accuracy", True)
+
+
+if __name__ == "__main__":
+    for audit, *arguments in AUDIT:
+        place, statement, numbers, verdict = audit(*arguments)
+        print(f"{place:<12} {statement}\n{'':12} {numbers}\n{'':12} -> {verdict}")
