@@ -488,8 +488,8 @@ def test_a_short_run_learns_and_repeats_to_the_bit():
     rows = []
     config = Config(transform="min", steps=40, lr=3e-4)
     run = tokrl.train(config, 100, rows.append)
-    assert 0.25 < rows[0]["accuracy"] < 0.5 and rows[0]["solution_entropy"] > 0.9 and rows[0]["solution_drift"] == 0
-    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.3 and rows[-1]["step"] == 40
+    assert 0.15 < rows[0]["accuracy"] < 0.5 and rows[0]["solution_entropy"] > 0.9 and rows[0]["solution_drift"] == 0
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.2 and rows[-1]["step"] == 40
     steps = []
     tokrl.warm_start.cache_clear()
     evaluate_more = lambda row: steps.append(evaluate(Policy(named_generator(0, "test")), COMMUTE))  # moves nothing
@@ -1012,16 +1012,17 @@ def test_a_kept_run_belongs_to_its_configuration_seed_and_code(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_killed_and_given_again_ends_with_the_same_bits(tmp_path):
-    line = ("--transform", "orth", "--seeds", "0-1", "--steps", 3, "--prompts", 2, "--out")
-    assert outcome(start(*line, tmp_path / "whole"))[0] == 0
-    process = start(*line, tmp_path / "killed")
-    while process.poll() is None and not list((tmp_path / "killed").glob(".cache/*.json")):
-        time.sleep(0.02)
+def test_killed_and_given_again_ends_with_the_same_bits(both_arms, tmp_path):
+    folder, short, *_ = both_arms
+    line = [*short[:-1], tmp_path]
+    process = start(*line)
+    while process.poll() is None and not list(tmp_path.glob(".cache/[!.]*.json")):  # until one of the two runs is kept
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    status, _, err = outcome(start(*line, tmp_path / "killed"))
-    assert status == 0 and results(tmp_path / "killed") == results(tmp_path / "whole")
+    assert not (tmp_path / "failure-modes.json").exists()
+    status, _, err = outcome(start(*line))
+    assert status == 0 and results(tmp_path) == results(folder)
 
 
 @pytest.mark.slow
