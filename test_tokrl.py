@@ -29,9 +29,21 @@ import pytest
 import torch
 
 import tokrl
-from tokrl import (LOSSES, TRANSFORMS, Config, Policy, cancellation_residual, completion_mask, effective_weights,
-                   evaluate, group_advantages, named_generator, policy_loss, sample_groups, token_logprobs,
-                   transform_weights)
+from tokrl import (
+    LOSSES,
+    TRANSFORMS,
+    Config,
+    Policy,
+    cancellation_residual,
+    effective_weights,
+    evaluate,
+    group_advantages,
+    named_generator,
+    policy_loss,
+    sample_groups,
+    token_logprobs,
+    transform_weights,
+)
 from toy_tasks import EOS, LARGER_FIRST, PAD, TASKS, VOCAB, decode, encode
 
 HERE = Path(__file__).resolve().parent
@@ -64,7 +76,14 @@ def test_task_is_what_it_says(task):
         assert decode(encode(prompt)) == prompt
         for solution in right:
             assert task.reward(prompt, solution) == 1.0
-            for wrong in (solution + "_", solution + "0", solution[:-1], " " + solution, "_" + solution, solution + "."):
+            for wrong in (
+                solution + "_",
+                solution + "0",
+                solution[:-1],
+                " " + solution,
+                "_" + solution,
+                solution + ".",
+            ):
                 assert task.reward(prompt, wrong) == 0.0
             for i, c in itertools.product(range(len(solution)), VOCAB):
                 changed = solution[:i] + c + solution[i + 1 :]
@@ -137,7 +156,10 @@ def test_policy_is_causal_and_scores_the_right_place():
 
 @pytest.mark.parametrize("fork", [0, 1, 3, 7])
 def test_sampler_shares_the_fork_and_scores_like_a_rescoring(fork):
-    policy, prompts = Policy(named_generator(1, "test")), torch.randint(2, 12, (40, 3), generator=named_generator(0, "p"))
+    policy, prompts = (
+        Policy(named_generator(1, "test")),
+        torch.randint(2, 12, (40, 3), generator=named_generator(0, "p")),
+    )
     tokens, old, mask = sample_groups(policy, prompts, 5, fork, 8, named_generator(0, "sampling"))
     assert tokens.shape == old.shape == mask.shape == (40, 5, 8) and mask.dtype == torch.bool
     shared = (tokens == tokens[:, :1]).all(dim=1)  # (B,T)
@@ -147,13 +169,15 @@ def test_sampler_shares_the_fork_and_scores_like_a_rescoring(fork):
     scored = token_logprobs(policy, prompts, tokens)
     assert ((scored - old) * mask).abs().max() < 1e-5
     assert (old[~mask] == 0).all() and (tokens[~mask] == PAD).all() and not (tokens[mask] == PAD).all()
-    for row, kept in zip(tokens.flatten(0, 1).tolist(), mask.flatten(0, 1).tolist()):  # the mask ends with the first EOS
+    for row, kept in zip(
+        tokens.flatten(0, 1).tolist(), mask.flatten(0, 1).tolist()
+    ):  # the mask ends with the first EOS
         n = row.index(EOS) + 1 if EOS in row else 8
         assert kept == [True] * n + [False] * (8 - n)
 
 
 def test_samples_follow_the_enumerated_distribution():
-    """One prompt, two tokens, 14² outcomes: a chi-square over them, with and without a fork, for the last of a group."""
+    """One prompt, two tokens, 14² outcomes: a chi-square over them, with and without a fork, for a group's last."""
     policy = Policy(named_generator(2, "test"))
     prompt = torch.tensor([encode("75=")])
     pairs = torch.cartesian_prod(torch.arange(14), torch.arange(14))[None]  # (1,196,2)
@@ -198,8 +222,10 @@ BY_HAND = {
     "dr_grpo": [[[0, 0.5 / 3, 0], [1.5 / 3, 1.1 / 3, 0]], [[0, 0, 0], [0, 0, 0.9 / 3]]],
     "dapo": [[[0, 0.5 * 4 / 8, 0], [1.5 * 4 / 8, 1.1 * 4 / 8, 0]], [[0, 0, 0], [0, 0, 0.9 * 4 / 8]]],
     "grpo_sym": [[[0, 0, 0], [0, 1.1 / 3, 0]], [[0, 0, 0], [0, 0, 0.9 / 3]]],
-    "cispo": [[[1.2 * 4 / 8, 0.5 * 4 / 8, 0], [1.2 * 4 / 8, 1.1 * 4 / 8, 0.5 * 4 / 8]],
-              [[0.7 * 4 / 8, 0, 0], [0, 1.2 * 4 / 8, 0.9 * 4 / 8]]],
+    "cispo": [
+        [[1.2 * 4 / 8, 0.5 * 4 / 8, 0], [1.2 * 4 / 8, 1.1 * 4 / 8, 0.5 * 4 / 8]],
+        [[0.7 * 4 / 8, 0, 0], [0, 1.2 * 4 / 8, 0.9 * 4 / 8]],
+    ],
     # s = sqrt(1.5 · 0.5) = 0.866 kept (Â > 0); cbrt(1.5 · 1.1 · 0.5) = 0.938 dropped at 1 − 0.04 (Â < 0);
     # 0.7 dropped (Â < 0); sqrt(1.3 · 0.9) = 1.082 dropped at 1 + 0.04 (Â > 0)
     "gspo": [[[math.sqrt(0.75) / 2, math.sqrt(0.75) / 2, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]],
@@ -218,12 +244,17 @@ def test_weights_by_hand(loss, mask):
 def test_weights_with_other_clips_and_lengths():
     weights = lambda loss, **kw: effective_weights(loss, OLD + RATIO.log(), OLD, ADVANTAGES, MASK, **kw)
     # an asymmetric clip (0.2, 0.6): 1.5 and 1.3 are now kept with Â > 0; 0.5 and 0.7 with Â < 0 still are not
-    assert torch.allclose(weights("dr_grpo", clip_eps=(0.2, 0.6)),
-                          tensor([[[1.5, 0.5, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3)
-    assert torch.allclose(weights("dr_grpo", clip_eps=(0.6, 0.2)),
-                          tensor([[[0, 0.5, 0], [1.5, 1.1, 0.5]], [[0.7, 0, 0], [0, 0, 0.9]]]) / 3)
-    assert torch.allclose(weights("grpo_sym", clip_eps=(0.2, 0.6)),
-                          tensor([[[1.5, 0, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3)
+    assert torch.allclose(
+        weights("dr_grpo", clip_eps=(0.2, 0.6)),
+        tensor([[[1.5, 0.5, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3,
+    )
+    assert torch.allclose(
+        weights("dr_grpo", clip_eps=(0.6, 0.2)),
+        tensor([[[0, 0.5, 0], [1.5, 1.1, 0.5]], [[0.7, 0, 0], [0, 0, 0.9]]]) / 3,
+    )
+    assert torch.allclose(
+        weights("grpo_sym", clip_eps=(0.2, 0.6)), tensor([[[1.5, 0, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3
+    )
     assert torch.allclose(weights("cispo", clip_eps=(0.2, 4.0)), RATIO * MASK / 2)
     # gspo: 0.938 is inside 1 ± 0.07, 1.082 is inside 1 ± 0.1; 0.7 never is
     s = tensor([[[math.sqrt(0.75) / 2] * 3, [0.825 ** (1 / 3) / 3] * 3], [[0.0] * 3, [math.sqrt(1.17) / 2] * 3]]) * MASK
@@ -242,8 +273,9 @@ def test_clip_boundaries_are_kept(loss):
     """A ratio of exactly 1 ± ε is not past the clip. The ε are powers of two so that 1 ± ε is exact."""
     for ratio, advantage in ((1.25, 1.0), (0.75, -1.0)):
         logprobs = tensor([[[math.log(ratio)], [0.0]]])
-        weights = effective_weights(loss, logprobs, logprobs * 0, tensor([[advantage, -advantage]]), torch.ones(1, 2, 1),
-                                    clip_eps=0.25 + 1e-15)
+        weights = effective_weights(
+            loss, logprobs, logprobs * 0, tensor([[advantage, -advantage]]), torch.ones(1, 2, 1), clip_eps=0.25 + 1e-15
+        )
         assert weights[0, 0, 0] > 0.7
 
 
@@ -314,7 +346,9 @@ def test_padding_changes_nothing_and_eos_does(loss, transform):
     logprobs, old, A, mask = random_case(2)
     value = lambda *x: policy_loss(*x, loss, transform, max_length=6).item()
     pad = lambda x, fill: torch.cat([x, torch.full((3, 5, 4), fill, dtype=x.dtype)], dim=-1)
-    assert value(pad(logprobs, -7.0), pad(old, -1.0), A, pad(mask, False)) == pytest.approx(value(logprobs, old, A, mask), abs=1e-14)
+    assert value(pad(logprobs, -7.0), pad(old, -1.0), A, pad(mask, False)) == pytest.approx(
+        value(logprobs, old, A, mask), abs=1e-14
+    )
     last = (mask.cumsum(-1) == mask.sum(-1, keepdim=True)) & mask  # the place of EOS
     assert value(logprobs, old, A, mask & ~last) != pytest.approx(value(logprobs, old, A, mask), abs=1e-6)
 
@@ -333,7 +367,9 @@ def test_splitting_a_batch_into_groups_changes_nothing_but_for_the_token_mean(lo
 
 def test_cancellation_residual_by_hand():
     # |1 · 2 + (−1) · 5| / 2 = 1.5, |1 · 3 − 3| / 2 = 0
-    assert torch.equal(cancellation_residual(tensor([[[2.0, 3.0], [5.0, 3.0]]]), tensor([[1.0, -1.0]])), tensor([[1.5, 0.0]]))
+    assert torch.equal(
+        cancellation_residual(tensor([[[2.0, 3.0], [5.0, 3.0]]]), tensor([[1.0, -1.0]])), tensor([[1.5, 0.0]])
+    )
     # relative: 3 / 7 and 0 / 6, mean 3/14; a place where nothing pushes counts as 0
     assert tokrl.relative_residual(tensor([[[2.0, 3.0], [5.0, 3.0]]]), tensor([[1.0, -1.0]])) == pytest.approx(3 / 14)
     assert tokrl.relative_residual(tensor([[[0.0], [0.0]]]), tensor([[1.0, -1.0]])) == 0.0
@@ -374,7 +410,9 @@ def enumerated_bias(loss: str, transform: str, off_policy: bool, G: int = 2) -> 
     """‖E[gradient] − (G−1)/G ∇E[R]‖ / ‖(G−1)/G ∇E[R]‖, the expectation by summing over all 9^G groups."""
     generator = torch.Generator().manual_seed(5)
     root, second = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3,), (3, 3)))
-    behind = [x - 0.3 * torch.randn(x.shape, dtype=torch.float64, generator=generator) * off_policy for x in (root, second)]
+    behind = [
+        x - 0.3 * torch.randn(x.shape, dtype=torch.float64, generator=generator) * off_policy for x in (root, second)
+    ]
     root.requires_grad_(), second.requires_grad_()
     reward = tensor([1.0, 0, 0, 1, 0.5, 0, 0, 0, 1])  # of the sequences 00 01 02 10 ... 22
 
@@ -387,8 +425,16 @@ def enumerated_bias(loss: str, transform: str, off_policy: bool, G: int = 2) -> 
         group = list(group)
         probability = old[group].sum().exp()
         advantages = group_advantages(reward[group][None], normalize=False)
-        total = total - probability * policy_loss(new[group][None], old[group][None], advantages, torch.ones(1, G, 2), loss,
-                                                  transform, clip_eps=math.inf, max_length=1)
+        total = total - probability * policy_loss(
+            new[group][None],
+            old[group][None],
+            advantages,
+            torch.ones(1, G, 2),
+            loss,
+            transform,
+            clip_eps=math.inf,
+            max_length=1,
+        )
     got = torch.cat([x.flatten() for x in torch.autograd.grad(total, (root, second), retain_graph=True)])
     want = torch.autograd.grad((new.sum(-1).exp() * reward).sum() * (G - 1) / G, (root, second))
     want = torch.cat([x.flatten() for x in want])
@@ -401,8 +447,15 @@ def test_expected_gradient_is_unbiased(loss, off_policy, G):
     assert enumerated_bias(loss, "off", off_policy, G) < 1e-12
 
 
-@pytest.mark.parametrize("loss, transform, low, high", [
-    ("seq", "min", 0.05, 0.30), ("seq", "orth", 0.05, 0.30), ("dr_grpo", "off", 0.01, 0.30), ("reinforce", "off", 0.01, 0.30)])
+@pytest.mark.parametrize(
+    "loss, transform, low, high",
+    [
+        ("seq", "min", 0.05, 0.30),
+        ("seq", "orth", 0.05, 0.30),
+        ("dr_grpo", "off", 0.01, 0.30),
+        ("reinforce", "off", 0.01, 0.30),
+    ],
+)
 def test_expected_gradient_is_biased_off_policy(loss, transform, low, high):
     assert low < enumerated_bias(loss, transform, off_policy=True) < high
 
@@ -434,12 +487,16 @@ def test_measures_by_brute_force(task):
     if entropy:
         assert got["solution_entropy"] == pytest.approx(np.mean(entropy), rel=1e-9)
         assert got["solution_drift"] == pytest.approx(np.mean(drift), rel=1e-9)
-        assert evaluate(policy, task)["solution_drift"] is None and evaluate(policy, task, policy)["solution_drift"] == 0.0
+        assert (
+            evaluate(policy, task)["solution_drift"] is None and evaluate(policy, task, policy)["solution_drift"] == 0.0
+        )
     else:
         assert got["solution_entropy"] is None and got["solution_drift"] is None
 
 
-@pytest.mark.parametrize("name, fork", [("commute", 2), ("commute", 0), ("split", 2), ("split", 6), ("add", 1), ("chain", 3)])
+@pytest.mark.parametrize(
+    "name, fork", [("commute", 2), ("commute", 0), ("split", 2), ("split", 6), ("add", 1), ("chain", 3)]
+)
 def test_learning_tax_by_brute_force(name, fork):
     task, after, before = TASKS[name], random_policy(3), random_policy(4)
 
@@ -448,8 +505,17 @@ def test_learning_tax_by_brute_force(name, fork):
         p, q = (x(rows)[0, -1].log_softmax(-1) for x in (after, before))
         return (p.exp() * (p - q)).sum().item()
 
-    want = np.mean([np.mean([sum(kl(p, ids, t) for t in range(min(max(fork, 1), len(ids))))
-                             for ids in (encode(y) + [EOS] for y in task.solutions(p))]) for p in task.prompts()])
+    want = np.mean(
+        [
+            np.mean(
+                [
+                    sum(kl(p, ids, t) for t in range(min(max(fork, 1), len(ids))))
+                    for ids in (encode(y) + [EOS] for y in task.solutions(p))
+                ]
+            )
+            for p in task.prompts()
+        ]
+    )
     new, old = (tokrl.opening_logprobs(x, task, fork) for x in (after, before))
     share = tokrl.opening_table(task, fork)[2]
     assert tokrl.learning_tax(new, old, share) == pytest.approx(want, rel=1e-6) and want > 0
@@ -468,8 +534,13 @@ def test_every_combination_takes_steps_without_a_warning(task):
         for loss, transform, fork in itertools.product(LOSSES, TRANSFORMS, (0, task.fork)):
             config = Config(task.name, loss, transform, fork=fork, group_size=4, prompts=3, inner_steps=2)
             rollout = tokrl.collect(policy, task, config, generator)
-            seen = tokrl.update(policy, reference, optimizer, config,
-                                rollout._replace(rewards=torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]])))
+            seen = tokrl.update(
+                policy,
+                reference,
+                optimizer,
+                config,
+                rollout._replace(rewards=torch.tensor([[1.0, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]])),
+            )
             assert all(map(math.isfinite, seen.values())) and ("residual" in seen) == (fork > 0)
             if fork and transform != "off":
                 assert seen["residual"] < 1e-6
@@ -494,7 +565,9 @@ def test_a_short_run_learns_and_repeats_to_the_bit():
     tokrl.warm_start.cache_clear()
     evaluate_more = lambda row: steps.append(evaluate(Policy(named_generator(0, "test")), COMMUTE))  # moves nothing
     again = tokrl.train(config, 100, evaluate_more)
-    assert len(steps) == 41 and {k: v for k, v in again.items() if k != "timing"} == {k: v for k, v in run.items() if k != "timing"}
+    assert len(steps) == 41 and {k: v for k, v in again.items() if k != "timing"} == {
+        k: v for k, v in run.items() if k != "timing"
+    }
     last = [r["accuracy"] for r in rows if r["step"] > 30]
     assert run["final"]["accuracy"] == pytest.approx(sum(last) / len(last), rel=1e-5) and len(last) == 10
     assert run["curves"]["learning_tax"] == sorted(run["curves"]["learning_tax"]) and run["curves"]["reward"][0] is None
@@ -519,8 +592,8 @@ SHARED = 2  # the audited group shares "7+"
 def shared_group(lengths: list[int], noise: float, shared_ratio: float = 1.0, seed: int = 0):
     """A group on the real transformer in float64: G completions of "75=" that share their first two tokens.
 
-    Returns logits (G,T,V) with gradient kept, log-probabilities (1,G,T), old ones, advantages (1,G), mask. `noise` is the
-    size of the log-ratios of the unshared tokens; the shared ones have one ratio for the whole group.
+    Returns logits (G,T,V) with gradient kept, log-probabilities (1,G,T), old ones, advantages (1,G), mask. `noise` is
+    the size of the log-ratios of the unshared tokens; the shared ones have one ratio for the whole group.
     """
     generator, G, T = torch.Generator().manual_seed(seed), len(lengths), max(lengths)
     tokens = torch.randint(2, 12, (1, G, T), generator=generator)
@@ -573,15 +646,24 @@ def audit_eq2(loss: str):
 
 
 def measured(numbers: dict) -> str:
-    return ", ".join(f"{name} {value:.1e}" if 0 < abs(value) < 1e-3 else f"{name} {value:.3g}" for name, value in numbers.items())
+    return ", ".join(
+        f"{name} {value:.1e}" if 0 < abs(value) < 1e-3 else f"{name} {value:.3g}" for name, value in numbers.items()
+    )
 
 
-@pytest.mark.parametrize("loss, verdict", [
-    ("reinforce", "holds"), ("cispo", "holds"), ("grpo_sym", "holds"),
-    ("grpo", "holds only if lengths are equal and no clip bites"),
-    ("dr_grpo", "holds only if no clip bites"), ("dapo", "holds only if no clip bites"),
-    ("gspo", "holds only if lengths are equal and ratios are equal and no clip bites"),
-    ("seq", "holds only if ratios are equal")])
+@pytest.mark.parametrize(
+    "loss, verdict",
+    [
+        ("reinforce", "holds"),
+        ("cispo", "holds"),
+        ("grpo_sym", "holds"),
+        ("grpo", "holds only if lengths are equal and no clip bites"),
+        ("dr_grpo", "holds only if no clip bites"),
+        ("dapo", "holds only if no clip bites"),
+        ("gspo", "holds only if lengths are equal and ratios are equal and no clip bites"),
+        ("seq", "holds only if ratios are equal"),
+    ],
+)
 def test_eq2(loss, verdict):
     assert audit_eq2(loss)[3] == verdict
 
@@ -601,9 +683,16 @@ def audit_section4_factorised():
     """Section 4, two trajectories, Â = ∓A, token-factorised weights."""
     A, rho = 0.7, 1.3
     logprobs = tensor([[[math.log(rho), 0.4], [math.log(rho), -0.6]]])
-    w = effective_weights("dr_grpo", logprobs, logprobs * 0, tensor([[-A, A]]), torch.ones(1, 2, 2), math.inf, max_length=1)
+    w = effective_weights(
+        "dr_grpo", logprobs, logprobs * 0, tensor([[-A, A]]), torch.ones(1, 2, 2), math.inf, max_length=1
+    )
     residual = cancellation_residual(w, tensor([[-A, A]]))[0, 0].item()
-    return "§4", "token-factorised: (ρ/2)(Â₁ + Â₂) = 0", f"residual {residual:.1e}", "holds" if residual < 1e-15 else "fails"
+    return (
+        "§4",
+        "token-factorised: (ρ/2)(Â₁ + Â₂) = 0",
+        f"residual {residual:.1e}",
+        "holds" if residual < 1e-15 else "fails",
+    )
 
 
 def audit_section4_coupled():
@@ -614,7 +703,12 @@ def audit_section4_coupled():
         advantages = tensor([[-A, A]])
         w = effective_weights("seq", logprobs, logprobs * 0, advantages, torch.ones(1, 2, 2), max_length=1)
         worst = max(worst, abs(cancellation_residual(w, advantages)[0, 0].item() - A * rho * abs(u[1] - u[0]) / 2))
-    return "§4", "sequence-coupled: A ρ |u₂ − u₁| / 2", f"worst of 100 errors {worst:.1e}", "holds" if worst < 1e-14 else "fails"
+    return (
+        "§4",
+        "sequence-coupled: A ρ |u₂ − u₁| / 2",
+        f"worst of 100 errors {worst:.1e}",
+        "holds" if worst < 1e-14 else "fails",
+    )
 
 
 def audit_section4_clip():
@@ -625,14 +719,20 @@ def audit_section4_clip():
 
 
 def test_section4():
-    assert [audit()[3] for audit in (audit_section4_factorised, audit_section4_coupled, audit_section4_clip)] == ["holds"] * 3
+    assert [audit()[3] for audit in (audit_section4_factorised, audit_section4_coupled, audit_section4_clip)] == [
+        "holds"
+    ] * 3
 
 
 def flat_gradient(output, policy):
     """d output / d parameters as one vector."""
     gradients = torch.autograd.grad(output, list(policy.parameters()), retain_graph=True, allow_unused=True)
-    return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
-                      for p, g in zip(policy.parameters(), gradients)])
+    return torch.cat(
+        [
+            torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.flatten()
+            for p, g in zip(policy.parameters(), gradients)
+        ]
+    )
 
 
 def quadratic_form(policy, history, g) -> float:
@@ -661,7 +761,9 @@ def audit_prop31():
     policy, history, g = group_gradient("off", own_term_only=True)
     gFg, before = quadratic_form(policy, history, g), policy(history)[0, -1].log_softmax(-1).detach()
     start, points = torch.nn.utils.parameters_to_vector(policy.parameters()).detach(), []
-    for eta in (2 * torch.logspace(-9.9, -5.1, 9, dtype=torch.float64) / gFg).sqrt():  # so that KL lies in 1e-10 .. 1e-5
+    for eta in (
+        2 * torch.logspace(-9.9, -5.1, 9, dtype=torch.float64) / gFg
+    ).sqrt():  # so that KL lies in 1e-10 .. 1e-5
         torch.nn.utils.vector_to_parameters(start + eta * g, policy.parameters())
         after = policy(history)[0, -1].log_softmax(-1).detach()
         d = before - after
@@ -671,17 +773,25 @@ def audit_prop31():
     slope = np.polyfit([p[0] for p in points], [p[1] for p in points], 1)[0]
     worst = max(abs(ratio - 1) for *_, ratio in points)
     holds = len(points) >= 5 and abs(slope - 2) < 0.01 and worst < 0.01
-    return ("Prop. 3.1", "KL after a step = ½ η² gᵀFg", f"slope {slope:.4f}, worst ratio error {worst:.1e} at {len(points)} η",
-            "holds" if holds else "fails")
+    return (
+        "Prop. 3.1",
+        "KL after a step = ½ η² gᵀFg",
+        f"slope {slope:.4f}, worst ratio error {worst:.1e} at {len(points)} η",
+        "holds" if holds else "fails",
+    )
 
 
 def audit_prop31_other_tokens():
-    """The objection to Prop. 3.1: shared parameters carry other tokens' gradients to h*, with a residual of exactly 0."""
+    """The objection to Prop. 3.1: shared parameters carry other tokens' gradients to h*, with a residual of 0."""
     forms = {kind: quadratic_form(*group_gradient(kind, own_term_only=False)) for kind in ("off", "min")}
     own = quadratic_form(*group_gradient("min", own_term_only=True))
     holds = forms["min"] < 1e-3 * forms["off"]
-    return ("Prop. 3.1", "where the residual is 0, π(·|h*) does not move", f"gᵀFg at h*: own term {own:.1e}, whole step "
-            f"{forms['min']:.3g} under min, {forms['off']:.3g} under off", "holds" if holds else "fails")
+    return (
+        "Prop. 3.1",
+        "where the residual is 0, π(·|h*) does not move",
+        f"gᵀFg at h*: own term {own:.1e}, whole step {forms['min']:.3g} under min, {forms['off']:.3g} under off",
+        "holds" if holds else "fails",
+    )
 
 
 def test_prop31():
@@ -702,12 +812,16 @@ def audit_cor32_even():
     """Cor. 3.2 where both solutions are equally likely: Δ log-odds = η c (κ_a − κ_b), here with c = ½."""
     changes = {k: log_odds_change([0.45, 0.45, 0.1], k) for k in ((1.0, 1.0), (1.2, 1.0), (1.0, 2.0))}
     worst = max(abs(change - 0.5 * (a - b)) for (a, b), change in changes.items())
-    return ("Cor. 3.2", "Δ log-odds = η c (κ_a − κ_b)", f"p = (.45, .45, .1), c = ½: worst error {worst:.1e}",
-            "holds" if worst < 1e-6 else "fails")
+    return (
+        "Cor. 3.2",
+        "Δ log-odds = η c (κ_a − κ_b)",
+        f"p = (.45, .45, .1), c = ½: worst error {worst:.1e}",
+        "holds" if worst < 1e-6 else "fails",
+    )
 
 
 def audit_cor32_collapse():
-    """Cor. 3.2: κ_a > κ_b for ever. A sampled output is pushed in proportion to its probability; a demonstrated one is not."""
+    """Cor. 3.2: κ_a > κ_b for ever, where outputs are pushed as often as they are sampled, and where equally often."""
     entropy, e = {}, torch.eye(3, dtype=torch.float64)
     for name in ("pushed when sampled", "pushed equally often"):
         z = tensor([0.0, 0.0, -1.0])
@@ -718,15 +832,23 @@ def audit_cor32_collapse():
         q = z[:2].log_softmax(0)
         entropy[name] = -(q.exp() * q).sum().item() / math.log(2)
     collapsed = [name for name, h in entropy.items() if h < 0.05]
-    return ("Cor. 3.2", "κ_a > κ_b for ever: entropy goes to 0", "entropy after 3,000 steps: " + measured(entropy),
-            "holds" if len(collapsed) == 2 else f"holds only if {collapsed[0]}" if collapsed else "fails")
+    return (
+        "Cor. 3.2",
+        "κ_a > κ_b for ever: entropy goes to 0",
+        "entropy after 3,000 steps: " + measured(entropy),
+        "holds" if len(collapsed) == 2 else f"holds only if {collapsed[0]}" if collapsed else "fails",
+    )
 
 
 def audit_cor32_counterexample():
     """Cor. 3.2 where they are not: equal weights, p = (.6, .3, .1), and yet the odds move by −0.3 η."""
     change = log_odds_change([0.6, 0.3, 0.1], (1.0, 1.0))
-    return ("Cor. 3.2", "equal κ: no drift", f"p = (.6, .3, .1): {change:.6f} η",
-            "holds" if abs(change) < 1e-6 else "holds only if c(x) is one number for both")
+    return (
+        "Cor. 3.2",
+        "equal κ: no drift",
+        f"p = (.6, .3, .1): {change:.6f} η",
+        "holds" if abs(change) < 1e-6 else "holds only if c(x) is one number for both",
+    )
 
 
 def test_cor32():
@@ -745,16 +867,24 @@ def audit_cor33_random():
     w = effective_weights("seq", log_ratio, log_ratio * 0, A, torch.ones(n, 4, 3), max_length=1)
     residual = cancellation_residual(w, A)[:, 0]
     count = int((residual < 1e-9).sum())
-    return ("Cor. 3.3", "seq off-policy: cancellation has measure zero", f"{count} of 100,000 draws under 1e-9, "
-            f"smallest {residual.min():.1e}", "holds" if count == 0 else "fails")
+    return (
+        "Cor. 3.3",
+        "seq off-policy: cancellation has measure zero",
+        f"{count} of 100,000 draws under 1e-9, smallest {residual.min():.1e}",
+        "holds" if count == 0 else "fails",
+    )
 
 
 def audit_cor33_necessary():
     """Equal weights suffice for cancellation; they are not necessary."""
     u, A = tensor([[[1.0], [3.0], [2.0]]]), tensor([[1.0, 1.0, -2.0]])
     residual = cancellation_residual(u, A).item()
-    return "Cor. 3.3", "only equal weights cancel", f"Â = (1, 1, −2), u = (1, 3, 2): residual {residual:.0e}", (
-        "fails" if residual == 0 else "holds")
+    return (
+        "Cor. 3.3",
+        "only equal weights cancel",
+        f"Â = (1, 1, −2), u = (1, 3, 2): residual {residual:.0e}",
+        ("fails" if residual == 0 else "holds"),
+    )
 
 
 def audit_cor33_positive_probability():
@@ -763,12 +893,18 @@ def audit_cor33_positive_probability():
     old = tensor([[[-1.0, -2.0], [-1.0, -0.5]]])
     shift = tensor([[[0.0, 1.0], [0.0, -1.0]]])
     same = tensor([[[0.3, 0.4], [0.3, 0.4]]])
-    cases = {"first inner step": effective_weights("seq", old, old, A, ones), "identical completions":
-             effective_weights("seq", same, same * 0, A, ones), "fully clipped group":
-             effective_weights("gspo", old + shift, old, A, ones)}
+    cases = {
+        "first inner step": effective_weights("seq", old, old, A, ones),
+        "identical completions": effective_weights("seq", same, same * 0, A, ones),
+        "fully clipped group": effective_weights("gspo", old + shift, old, A, ones),
+    }
     residuals = {name: cancellation_residual(w, A)[0, 0].item() for name, w in cases.items()}
-    return ("Cor. 3.3", "so in training non-cancellation is the norm", measured(residuals),
-            "holds only if ratios are continuous" if max(residuals.values()) < 1e-15 else "holds")
+    return (
+        "Cor. 3.3",
+        "so in training non-cancellation is the norm",
+        measured(residuals),
+        "holds only if ratios are continuous" if max(residuals.values()) < 1e-15 else "holds",
+    )
 
 
 def test_cor33():
@@ -786,8 +922,12 @@ def audit_transform_cancels(kind: str):
         logprobs, old, A, mask = random_case(seed)
         w = transform_weights(effective_weights(loss, logprobs, old, A, mask), A, mask, kind)
         worst = max(worst, cancellation_residual(w, A)[mask.all(dim=1)].max().item())
-    return PLACES[kind], f"{kind}: shared tokens cancel under every loss", f"worst residual {worst:.1e}", (
-        "holds" if worst < 1e-12 else "fails")
+    return (
+        PLACES[kind],
+        f"{kind}: shared tokens cancel under every loss",
+        f"worst residual {worst:.1e}",
+        ("holds" if worst < 1e-12 else "fails"),
+    )
 
 
 def audit_transform_stop_gradient(kind: str):
@@ -811,15 +951,23 @@ def audit_transform_on_policy(kind: str):
     for loss in LOSSES:
         w = effective_weights(loss, logprobs, old, A, mask)
         worst = max(worst, (transform_weights(w, A, mask, kind) - w).abs().max().item())
-    return PLACES[kind], f"{kind}: no change on-policy at equal lengths", f"largest change {worst:.1e}", (
-        "holds" if worst < 1e-12 else "fails")
+    return (
+        PLACES[kind],
+        f"{kind}: no change on-policy at equal lengths",
+        f"largest change {worst:.1e}",
+        ("holds" if worst < 1e-12 else "fails"),
+    )
 
 
 def audit_transform_bias(kind: str):
-    """The price: seq without a clip is the unbiased off-policy weight, and the transform moves its expected gradient."""
+    """The price: seq without a clip is the unbiased off-policy weight; the transform moves its expected gradient."""
     biases = {name: enumerated_bias("seq", name, off_policy=True) for name in ("off", kind)}
-    return PLACES[kind], f"{kind}: the expected gradient keeps its direction and size", "relative bias " + measured(biases), (
-        "holds" if biases[kind] < 1e-9 else "fails")
+    return (
+        PLACES[kind],
+        f"{kind}: the expected gradient keeps its direction and size",
+        "relative bias " + measured(biases),
+        ("holds" if biases[kind] < 1e-9 else "fails"),
+    )
 
 
 @pytest.mark.parametrize("kind", ["min", "orth"])
@@ -838,9 +986,11 @@ def audit_prediction(name: str):
 
     def value(arm, row):
         accuracy, i = arm["curves"]["accuracy"][row], tokrl.reached(arm, row)
-        return {"rollouts to accuracy 0.9": arm["curves"]["step"][-1 if i is None else i],  # never: all of them
-                "jitter (mean |second difference| of accuracy)": np.abs(np.diff(accuracy, 2)).mean(),
-                "final accuracy": arm["final"]["accuracy"][row]}[name]
+        return {
+            "rollouts to accuracy 0.9": arm["curves"]["step"][-1 if i is None else i],  # never: all of them
+            "jitter (mean |second difference| of accuracy)": np.abs(np.diff(accuracy, 2)).mean(),
+            "final accuracy": arm["final"]["accuracy"][row],
+        }[name]
 
     off, on = ([value(arms[label], row) for row in range(len(arms[label]["seeds"]))] for label in ("off", "on"))
     difference, low, high = tokrl.bootstrap(off, on)
@@ -851,43 +1001,98 @@ def audit_prediction(name: str):
 
 
 PREDICTIONS = {  # the toy refutes the paper's three predictions; one of them with the opposite sign
-    "rollouts to accuracy 0.9": "fails", "jitter (mean |second difference| of accuracy)": "fails (no difference seen)",
-    "final accuracy": "fails (no difference seen)"}
+    "rollouts to accuracy 0.9": "fails",
+    "jitter (mean |second difference| of accuracy)": "fails (no difference seen)",
+    "final accuracy": "fails (no difference seen)",
+}
 
 
 def test_predictions():
     assert {name: audit_prediction(name)[3] for name in PREDICTIONS} == PREDICTIONS
 
 
-AUDIT = ([(audit_eq2, loss) for loss in LOSSES]
-         + [(audit_section4_factorised,), (audit_section4_coupled,), (audit_section4_clip,), (audit_prop31,),
-            (audit_prop31_other_tokens,), (audit_cor32_even,), (audit_cor32_collapse,), (audit_cor32_counterexample,), (audit_cor33_random,),
-            (audit_cor33_necessary,), (audit_cor33_positive_probability,)]
-         + [(audit, kind) for kind in ("min", "orth") for audit in (audit_transform_cancels, audit_transform_stop_gradient,
-                                                                    audit_transform_on_policy, audit_transform_bias)]
-         + [(audit_prediction, name) for name in PREDICTIONS])
+AUDIT = (
+    [(audit_eq2, loss) for loss in LOSSES]
+    + [
+        (audit_section4_factorised,),
+        (audit_section4_coupled,),
+        (audit_section4_clip,),
+        (audit_prop31,),
+        (audit_prop31_other_tokens,),
+        (audit_cor32_even,),
+        (audit_cor32_collapse,),
+        (audit_cor32_counterexample,),
+        (audit_cor33_random,),
+        (audit_cor33_necessary,),
+        (audit_cor33_positive_probability,),
+    ]
+    + [
+        (audit, kind)
+        for kind in ("min", "orth")
+        for audit in (
+            audit_transform_cancels,
+            audit_transform_stop_gradient,
+            audit_transform_on_policy,
+            audit_transform_bias,
+        )
+    ]
+    + [(audit_prediction, name) for name in PREDICTIONS]
+)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, says", [
-    ("--lr 0", "lr must be positive"), ("--lr -1", "lr must be positive"), ("--lr inf", "lr must be"), ("--lr nan", "lr must be"),
-    ("--lr fast", "--lr"), ("--kl -0.1", "kl must be"), ("--kl inf", "kl must be"), ("--kl nan", "kl must be"),
-    ("--clip-eps 0", "clip-eps must be"), ("--clip-eps -1", "clip-eps must be"), ("--clip-eps nan", "clip-eps must be"),
-    ("--loss reinforce --clip-eps 0.2", "clip-eps does not apply to reinforce"),
-    ("--loss seq --clip-eps inf", "clip-eps does not apply to seq"), ("--loss ppo", "gspo"), ("--task multiply", "commute"),
-    ("--transform max", "orth"), ("--fork -1", "fork must be"), ("--fork 8", "fork must be below 8"),
-    ("--task add --fork 4", "fork must be below 4"), ("--fork 1.5", "--fork"), ("--group-size 1", "group-size must be"),
-    ("--prompts 0", "prompts must be"), ("--inner-steps 0", "inner-steps must be"), ("--steps 0", "steps must be"),
-    ("--steps 1e3", "--steps"), ("--seeds 3-1", "0 <= A <= B"), ("--seeds -1", "--seeds"), ("--seeds a", "got 'a'"),
-    ("--seeds 0-", "got '0-'"), ("--experiment ablation", "frontier"), ("--experiment control --loss gspo", "leave it out"),
-    ("--experiment control --transform on", "leave it out"), ("--experiment control --fork 2", "sets --fork itself"),
-    ("--experiment frontier --lr 1e-3", "sets --lr itself"), ("--experiment group-size --prompts 4", "sets --prompts itself"),
-    ("--experiment adapt --task split", "sets --task itself"), ("--experiment losses --clip-eps 0.3", "sets --clip-eps itself"),
-    ("--plot --steps 3", "leave out --steps"), ("--plot", "no results in runs"), ("--plot --out nowhere", "no results in nowhere"),
-    ("--step 3", "--step"), ("commute", "commute"), ("--out", "--out"), ("--out file", "file"), ("--out file/deep", "file"),
-])
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--lr 0", "lr must be positive"),
+        ("--lr -1", "lr must be positive"),
+        ("--lr inf", "lr must be"),
+        ("--lr nan", "lr must be"),
+        ("--lr fast", "--lr"),
+        ("--kl -0.1", "kl must be"),
+        ("--kl inf", "kl must be"),
+        ("--kl nan", "kl must be"),
+        ("--clip-eps 0", "clip-eps must be"),
+        ("--clip-eps -1", "clip-eps must be"),
+        ("--clip-eps nan", "clip-eps must be"),
+        ("--loss reinforce --clip-eps 0.2", "clip-eps does not apply to reinforce"),
+        ("--loss seq --clip-eps inf", "clip-eps does not apply to seq"),
+        ("--loss ppo", "gspo"),
+        ("--task multiply", "commute"),
+        ("--transform max", "orth"),
+        ("--fork -1", "fork must be"),
+        ("--fork 8", "fork must be below 8"),
+        ("--task add --fork 4", "fork must be below 4"),
+        ("--fork 1.5", "--fork"),
+        ("--group-size 1", "group-size must be"),
+        ("--prompts 0", "prompts must be"),
+        ("--inner-steps 0", "inner-steps must be"),
+        ("--steps 0", "steps must be"),
+        ("--steps 1e3", "--steps"),
+        ("--seeds 3-1", "0 <= A <= B"),
+        ("--seeds -1", "--seeds"),
+        ("--seeds a", "got 'a'"),
+        ("--seeds 0-", "got '0-'"),
+        ("--experiment ablation", "frontier"),
+        ("--experiment control --loss gspo", "leave it out"),
+        ("--experiment control --transform on", "leave it out"),
+        ("--experiment control --fork 2", "sets --fork itself"),
+        ("--experiment frontier --lr 1e-3", "sets --lr itself"),
+        ("--experiment group-size --prompts 4", "sets --prompts itself"),
+        ("--experiment adapt --task split", "sets --task itself"),
+        ("--experiment losses --clip-eps 0.3", "sets --clip-eps itself"),
+        ("--plot --steps 3", "leave out --steps"),
+        ("--plot", "no results in runs"),
+        ("--plot --out nowhere", "no results in nowhere"),
+        ("--step 3", "--step"),
+        ("commute", "commute"),
+        ("--out", "--out"),
+        ("--out file", "file"),
+        ("--out file/deep", "file"),
+    ],
+)
 def test_a_wrong_command_line_gets_one_line_and_status_2(line, says, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("in the way")
@@ -901,27 +1106,48 @@ X, A1 = torch.zeros(1, 2, 3), torch.zeros(1, 2)
 TOKENS = torch.zeros(1, 2, 3, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("call, says", [
-    (lambda: effective_weights("ppo", X, X, A1, X), "ppo"), (lambda: policy_loss(X, X, A1, X, "GSPO"), "GSPO"),
-    (lambda: effective_weights("gspo", X[0], X, A1, X), "logprobs"), (lambda: effective_weights("gspo", X, X[..., :1], A1, X), "old_logprobs"),
-    (lambda: effective_weights("gspo", X, X, A1[:, :1], X), "advantages"), (lambda: effective_weights("gspo", X, X, A1[0], X), "advantages"),
-    (lambda: effective_weights("gspo", X, X, A1, X[0]), "mask"), (lambda: effective_weights("gspo", X, X, A1, X + 2), "0 and 1"),
-    (lambda: effective_weights("gspo", X.long(), X, A1, X), "logprobs"), (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=0), "clip_eps"),
-    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, -1)), "clip_eps"),
-    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, 0.2, 0.3)), "clip_eps"),
-    (lambda: effective_weights("gspo", X, X, A1, X, clip_eps="0.2"), "clip_eps"),
-    (lambda: effective_weights("seq", X, X, A1, X, max_length=0), "max_length"), (lambda: effective_weights("seq", X, X, A1, X, max_length="3"), "max_length"),
-    (lambda: transform_weights(X, A1, X, "on"), "on"), (lambda: transform_weights(X, A1, X[:, :1], "min"), "advantages"),
-    (lambda: transform_weights(X[..., :2], A1, X, "min"), "weights"), (lambda: policy_loss(X, X, A1, X, "gspo", "max"), "max"),
-    (lambda: group_advantages(A1[0]), "rewards"), (lambda: group_advantages(A1[:, :1]), "rewards"), (lambda: group_advantages(A1.long()), "rewards"),
-    (lambda: cancellation_residual(X, A1[:, :1]), "weights"), (lambda: cancellation_residual(X[0], A1), "weights"),
-    (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS[0]), "prompts"), (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS), "prompts"),
-    (lambda: Policy()(TOKENS), "tokens"), (lambda: Policy()(TOKENS[0].float()), "tokens"), (lambda: Policy()(TOKENS[0].repeat(1, 9)), "context"),
-    (lambda: sample_groups(Policy(), TOKENS[0], 2, 3, 3, None), "fork"), (lambda: sample_groups(Policy(), TOKENS[0], 0, 0, 3, None), "group_size"),
-    (lambda: sample_groups(Policy(), TOKENS, 2, 0, 3, None), "prompts"), (lambda: Config(loss="ppo"), "loss"),
-    (lambda: Config(transform="on"), "transform"), (lambda: Config(task="x"), "task"), (lambda: Config(group_size=2.0), "group-size"),
-    (lambda: Config(adapt=-1), "adapt"),
-])
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: effective_weights("ppo", X, X, A1, X), "ppo"),
+        (lambda: policy_loss(X, X, A1, X, "GSPO"), "GSPO"),
+        (lambda: effective_weights("gspo", X[0], X, A1, X), "logprobs"),
+        (lambda: effective_weights("gspo", X, X[..., :1], A1, X), "old_logprobs"),
+        (lambda: effective_weights("gspo", X, X, A1[:, :1], X), "advantages"),
+        (lambda: effective_weights("gspo", X, X, A1[0], X), "advantages"),
+        (lambda: effective_weights("gspo", X, X, A1, X[0]), "mask"),
+        (lambda: effective_weights("gspo", X, X, A1, X + 2), "0 and 1"),
+        (lambda: effective_weights("gspo", X.long(), X, A1, X), "logprobs"),
+        (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=0), "clip_eps"),
+        (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, -1)), "clip_eps"),
+        (lambda: effective_weights("gspo", X, X, A1, X, clip_eps=(0.1, 0.2, 0.3)), "clip_eps"),
+        (lambda: effective_weights("gspo", X, X, A1, X, clip_eps="0.2"), "clip_eps"),
+        (lambda: effective_weights("seq", X, X, A1, X, max_length=0), "max_length"),
+        (lambda: effective_weights("seq", X, X, A1, X, max_length="3"), "max_length"),
+        (lambda: transform_weights(X, A1, X, "on"), "on"),
+        (lambda: transform_weights(X, A1, X[:, :1], "min"), "advantages"),
+        (lambda: transform_weights(X[..., :2], A1, X, "min"), "weights"),
+        (lambda: policy_loss(X, X, A1, X, "gspo", "max"), "max"),
+        (lambda: group_advantages(A1[0]), "rewards"),
+        (lambda: group_advantages(A1[:, :1]), "rewards"),
+        (lambda: group_advantages(A1.long()), "rewards"),
+        (lambda: cancellation_residual(X, A1[:, :1]), "weights"),
+        (lambda: cancellation_residual(X[0], A1), "weights"),
+        (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS[0]), "prompts"),
+        (lambda: token_logprobs(Policy(), TOKENS[0], TOKENS), "prompts"),
+        (lambda: Policy()(TOKENS), "tokens"),
+        (lambda: Policy()(TOKENS[0].float()), "tokens"),
+        (lambda: Policy()(TOKENS[0].repeat(1, 9)), "context"),
+        (lambda: sample_groups(Policy(), TOKENS[0], 2, 3, 3, None), "fork"),
+        (lambda: sample_groups(Policy(), TOKENS[0], 0, 0, 3, None), "group_size"),
+        (lambda: sample_groups(Policy(), TOKENS, 2, 0, 3, None), "prompts"),
+        (lambda: Config(loss="ppo"), "loss"),
+        (lambda: Config(transform="on"), "transform"),
+        (lambda: Config(task="x"), "task"),
+        (lambda: Config(group_size=2.0), "group-size"),
+        (lambda: Config(adapt=-1), "adapt"),
+    ],
+)
 def test_a_wrong_library_call_raises_value_error_naming_it(call, says):
     with pytest.raises(ValueError, match=says):
         call()
@@ -929,8 +1155,14 @@ def test_a_wrong_library_call_raises_value_error_naming_it(call, says):
 
 def start(*arguments, **options):
     """Start the program as a user would, in a process group of its own."""
-    return subprocess.Popen([sys.executable, str(HERE / "tokrl.py"), *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "tokrl.py"), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
 
 
 def outcome(process):
@@ -940,7 +1172,9 @@ def outcome(process):
 
 def results(folder: Path, name: str = "failure-modes") -> dict:
     """EXPERIMENT.json but for what may differ: the command and the timing."""
-    result = json.loads((folder / f"{name}.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}"))
+    result = json.loads(
+        (folder / f"{name}.json").read_text(), parse_constant=lambda word: pytest.fail(f"JSON holds {word}")
+    )
     return {k: v for k, v in result.items() if k not in ("timing", "command")}
 
 
@@ -962,7 +1196,9 @@ def test_each_arm_is_drawn_beside_the_other_if_that_exists(both_arms):
         assert sum("=" in line and line.startswith("    ") for line in lines) == 4  # two prompts, two solutions each
         assert out.count("Three samples") == len(arms) and "tokens per second" in out
         assert lines[-1] == f"Figure: {folder / 'failure-modes.png'}"
-        assert re.search(r"(on|off), seed 0: rollout 3/3, accuracy 0\.\d\d, solution entropy \d\.\d\d, residual \d", err)
+        assert re.search(
+            r"(on|off), seed 0: rollout 3/3, accuracy 0\.\d\d, solution entropy \d\.\d\d, residual \d", err
+        )
     result = json.loads((folder / "failure-modes.json").read_text())
     assert result.keys() == {"experiment", "command", "versions", "config", "arms", "timing"}
     assert list(result["arms"]) == ["off", "on"] and "--transform off" in result["command"]
@@ -1029,12 +1265,17 @@ def test_killed_and_given_again_ends_with_the_same_bits(both_arms, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     def workers(process):
-        children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+        children = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+        ).stdout
         return [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
 
     def gone(pids):
         for _ in range(100):
-            if not any(Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text() for pid in pids):
+            if not any(
+                Path(f"/proc/{pid}").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text()
+                for pid in pids
+            ):
                 return True
             time.sleep(0.05)
         return False
@@ -1052,7 +1293,12 @@ def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     process, pids = started()
     os.kill(pids[0], signal.SIGKILL)
     status, out, err = outcome(process)
-    assert status == 1 and re.search(r"the process that trained (on|off), seed 0 died", err) and "Traceback" not in err and gone(pids)
+    assert (
+        status == 1
+        and re.search(r"the process that trained (on|off), seed 0 died", err)
+        and "Traceback" not in err
+        and gone(pids)
+    )
     process, pids = started()
     process.kill()
     process.communicate()
@@ -1063,10 +1309,15 @@ def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
 def test_a_diverging_run_is_named_and_the_others_finish(tmp_path):
     status, out, err = outcome(start("--lr", 1e30, "--steps", 3, "--prompts", 2, "--out", tmp_path))
     assert status == 1 and "Traceback" not in err
-    assert re.search(r"tokrl.py: off, seed 0 diverged: rollout \d+, ", err) and re.search(r"on, seed 0 diverged: rollout", err)
+    assert re.search(r"tokrl.py: off, seed 0 diverged: rollout \d+, ", err) and re.search(
+        r"on, seed 0 diverged: rollout", err
+    )
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"experiment": "control", "arms": {}}', '{"experiment": "control", "arms": {"off": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"experiment": "control", "arms": {}}', '{"experiment": "control", "arms": {"off": 3}}'],
+)
 def test_plot_names_a_damaged_result_and_draws_the_others(content, tmp_path, capsys):
     shutil.copy(HERE / "figures" / "failure-modes.json", tmp_path)
     (tmp_path / "control.json").write_text(content)
@@ -1099,7 +1350,12 @@ def test_experiments_are_the_settings_they_say():
     assert len(arms["losses"]) == 18 and arms["losses"]["on seq"].clip_eps is None
     assert arms["losses"]["off gspo unclipped"].clip_eps == math.inf and arms["losses"]["off dapo"].clip_eps == 0.2
     assert {a.group_size * a.prompts for a in arms["group-size"].values()} == {64}
-    assert [(a.kl, a.adapt, a.transform) for a in arms["adapt"].values()] == [(0.0, 20, "off"), (0.0, 20, "min"), (0.02, 20, "off"), (0.02, 20, "min")]
+    assert [(a.kl, a.adapt, a.transform) for a in arms["adapt"].values()] == [
+        (0.0, 20, "off"),
+        (0.0, 20, "min"),
+        (0.02, 20, "off"),
+        (0.02, 20, "min"),
+    ]
 
 
 def test_bootstrap_and_table_by_hand():

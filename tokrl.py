@@ -4,25 +4,24 @@ Paper: F. Ding, Y. Zhang, Y. Wang, Z. Zeng, "Design Conditions for Intra-Group L
 Gradient Cancellation", arXiv:2604.13088v1. Equation numbers are "as in v1"; we worked from its abstract and from
 summaries, not from the full text.
 
-The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of G
-*completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; the *advantage*
-is the reward minus the group's mean, so a group's advantages sum to 0. A *rollout* is B such groups, on which we take a
-few gradient steps ("inner steps"). After the first of them the policy is no longer the one that sampled ("off-policy"),
-so every token gets an importance *ratio*, its probability now over its probability then; most losses *clip* that ratio.
+The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of
+G *completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; its
+*advantage* is its reward minus the group's mean, so a group's advantages sum to 0. A *rollout* is B such groups, on
+which we take a few gradient steps. After the first the policy is no longer the one that sampled ("off-policy"), so every token gets an
+importance *ratio*, its probability now over its probability then; most losses *clip* that ratio.
 
 The claim. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
 pushes, advantage times weight, should cancel over the group (Eq. 2). Sequence-level weights differ from trajectory to
-trajectory, so they do not: each step moves the shared token for no reason (Prop. 3.1, the "learning tax"), equally right
+trajectory, so they do not: each step moves the shared token for no reason (Prop. 3.1, "learning tax"), equally right
 solutions drift apart (Cor. 3.2), and in the end one is left (entropy collapse). Making the weights alike (Min-Replace,
 Eq. 17) or orthogonal to the advantages (Adv-Orthogonal, Eq. 18) restores the cancellation. That is chapters 5 to 7; the
 rest is what it takes to watch it:  python tokrl.py
 
 Where this program departs from the paper:
- 1. The policy has 0.1 million parameters and the tasks are toy arithmetic, enumerable, so every measure is exact.
+ 1. A policy of 0.1 million parameters on toy arithmetic that can be enumerated, so that every measure is exact.
  2. A group shares its first `fork` tokens by construction (chapter 3). In a language model they are shared because they
     are nearly certain; in a toy such tokens would have no gradient to look at.
- 3. The transforms act position by position over the trajectories still scored there; past the shortest completion the
-    paper's one weight per trajectory would be compared with trajectories that have ended.
+ 3. The transforms act position by position over the trajectories still scored there.
  4. The baseline is GSPO as people run it, clipped. The paper's DFPO drops the clip: --clip-eps inf.
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
 
@@ -92,12 +91,12 @@ class Config:
                 object.__setattr__(self, name, value)  # the one write to a frozen field
         for name, low in dict(fork=0, group_size=2, prompts=1, inner_steps=1, steps=1, adapt=0).items():
             value, flag = getattr(self, name), name.replace("_", "-")
-            require(type(value) is int and value >= low, f"{flag} must be a whole number of at least {low}; got {value}")
+            require(type(value) is int and value >= low, f"{flag} must be a whole number, at least {low}; got {value}")
         longest = TASKS[self.task].max_completion
-        require(self.fork < longest, f"fork must be below {longest}, the longest {self.task} completion; got {self.fork}")
+        require(self.fork < longest, f"fork must be below {longest}, the longest {self.task} text; got {self.fork}")
         require(0 < self.lr < math.inf, f"lr must be positive and finite; got {self.lr}")
         require(0 <= self.kl < math.inf, f"kl must be at least 0 and finite; got {self.kl}")
-        require(self.clip_eps is None or self.clip_eps > 0, f"clip-eps must be positive (inf: no clip); got {self.clip_eps}")
+        require(self.clip_eps is None or self.clip_eps > 0, f"clip-eps must be positive or inf; got {self.clip_eps}")
 
 # ---- 2. The policy, a small causal transformer, and the log-probabilities it gives to completions -------------------
 
@@ -206,9 +205,9 @@ def group_advantages(rewards, normalize: bool = True):
     """Â_i = (R_i − mean R) / (std R + 1e-4) within each group, std with G − 1 (DeepSeekMath, arXiv:2402.03300).
 
     rewards (B,G) -> (B,G). Without `normalize` the division is left out (Dr. GRPO, arXiv:2503.20783). A group of equal
-    rewards teaches nothing and gets exactly 0, not rounding dust. Raises ValueError for another shape or dtype or G < 2.
+    rewards teaches nothing and gets exactly 0, not rounding dust. Raises ValueError for a wrong shape or dtype.
     """
-    require(rewards.dim() == 2 and rewards.shape[1] >= 2, f"rewards must be (B,G) with G >= 2; got {tuple(rewards.shape)}")
+    require(rewards.dim() == 2 and rewards.shape[1] >= 2, f"rewards must be (B,G), G >= 2; got {tuple(rewards.shape)}")
     require(rewards.is_floating_point(), f"rewards must be of a floating-point dtype; got {rewards.dtype}")
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if normalize:
@@ -220,9 +219,10 @@ def checked_mask(advantages, mask, **tensors):
     """The mask as bool. Raises ValueError naming the tensor that is not (B,G,T), or (B,G) for advantages."""
     require(mask.dim() == 3, f"mask must be (B,G,T); got {tuple(mask.shape)}")
     require(mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all()), "mask must hold only 0 and 1")
-    require(advantages.shape == mask.shape[:2], f"advantages must be {tuple(mask.shape[:2])}; got {tuple(advantages.shape)}")
+    require(advantages.shape == mask.shape[:2],
+            f"advantages must be {tuple(mask.shape[:2])} for this mask; got {tuple(advantages.shape)}")
     for name, tensor in tensors.items():
-        require(tensor.shape == mask.shape, f"{name} must be {tuple(mask.shape)} like the mask; got {tuple(tensor.shape)}")
+        require(tensor.shape == mask.shape, f"{name} must be {tuple(mask.shape)} as the mask; got {tuple(tensor.shape)}")
         require(tensor.is_floating_point(), f"{name} must be of a floating-point dtype; got {tensor.dtype}")
     return mask.bool()
 
@@ -234,7 +234,7 @@ def checked_mask(advantages, mask, **tensors):
 # cancels (Eq. 2) where that sum is 0, which equal weights guarantee because Σ_i Â_i = 0.
 
 def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=None, max_length=None):
-    """The weight w_{i,t} of every token under `loss`, one of LOSSES; exactly 0 where the mask is 0; carries no gradient.
+    """The weight w_{i,t} of every token under `loss`, one of LOSSES: exactly 0 off the mask, and without gradient.
 
     logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool or 0/1, holes allowed -> (B,G,T).
     clip_eps: a number, or (low, high); inf means no clip; None means 0.04 for gspo and 0.2 for the others.
@@ -271,7 +271,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
         case "grpo_sym":  w = r * ((1 - low <= r) & (r <= 1 + high)) / L  # cancels: the clip ignores Â ("GRPO-fix")
         case "cispo":     w = r.clamp(max=1 + high) * BG / M              # cancels
         case "gspo":      w = (s := (log_R / n).exp()) * keep(s) / n      # broken: s, its clip, n differ by trajectory
-        case "seq":       w = log_R.clamp(max=largest).exp() / L          # broken: by the other tokens' ratios (section 4)
+        case "seq":       w = log_R.clamp(max=largest).exp() / L          # broken by the other tokens' ratios (section 4)
     return w.expand_as(r).masked_fill(~mask, 0.0)
 
 # ---- 6. Transforms: make the weights cancel at shared tokens --------------------------------------------------------
@@ -283,11 +283,11 @@ def transform_weights(weights, advantages, mask, kind):
         min    w̃_i = min_j w_j                  Min-Replace (Eq. 17): equal weights, and Σ_i Â_i = 0
         orth   w̃ = w − (Âᵀw / ‖Â‖²) Â           Adv-Orthogonal (Eq. 18): Âᵀw̃ = 0 by construction
 
-    weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. Where ‖Â‖ = 0 over the
-    alive, orth returns w. A lone survivor keeps its weight under min and gets 0 under orth. Both are meant for weights
+    weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. Where ‖Â‖ = 0 over
+    the alive, orth returns w. A lone survivor keeps its weight under min and gets 0 under orth. Both are meant for weights
     without gradient: with one, the transform itself couples the trajectories again. Two consequences:
-    - the min of *clipped* weights is 0 as soon as one trajectory is clipped, so Min-Replace on gspo is also a trust region
-      for the whole group; the `control` experiment tells this apart from the cancellation;
+    - the min of *clipped* weights is 0 as soon as one trajectory is clipped, so Min-Replace on gspo is also a trust
+      region for the whole group; the `control` experiment tells this apart from the cancellation;
     - on-policy and with equal lengths all weights are equal, and off, min and orth (Âᵀ1 = 0) are the same.
     Raises ValueError naming an unknown kind or a wrong shape.
     """
@@ -307,8 +307,8 @@ def transform_weights(weights, advantages, mask, kind):
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss="gspo", transform="off", clip_eps=None, max_length=None):
     """−(1/BG) Σ_{i,t} Â_i sg[w̃_{i,t}] log π(a_{i,t} | h_{i,t}): a scalar with the gradient of `loss` under `transform`.
 
-    The gradient is the point, not the value, which is not the published objective's. A trajectory whose mask is all zero
-    adds nothing and still counts in BG. Shapes, units and errors as in effective_weights and transform_weights.
+    The gradient is the point, not the value, which is not the published objective's. A trajectory whose mask is all
+    zero adds nothing and still counts in BG. Shapes, units and errors as in effective_weights and transform_weights.
     """
     weights = effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps, max_length)
     weights = transform_weights(weights, advantages, mask, transform)
@@ -511,7 +511,7 @@ def train(config: Config, seed: int, report=lambda row: None) -> dict:
     policy, total, tax, rows, seen = copy.deepcopy(reference), config.steps + config.adapt, 0.0, [], []
     optimizer, before = adamw(policy, config.lr), opening_logprobs(policy, task, config.fork)
     for step in range(total + 1):
-        if step == config.steps + 1:  # the `adapt` experiment: from here on a stricter verifier, and one loss for all arms
+        if step == config.steps + 1:  # the `adapt` experiment: now a stricter verifier, and one loss for all arms
             task, config = LARGER_FIRST, replace(config, loss="grpo", transform="off", clip_eps=None, fork=0)
             before = opening_logprobs(policy, task, config.fork)
         try:
@@ -555,7 +555,8 @@ def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
     examples = [[texts[i], y, then[i, j].item(), now[i, j].item()]
                 for i in two for j, y in enumerate(task.solutions(texts[i])[:2])]
     asked = [texts[i] for i in (*two, 0)]
-    tokens = sample_groups(policy, prompt_tokens(asked), 1, 0, task.max_completion, named_generator(seed, "evaluation"))[0]
+    generator = named_generator(seed, "evaluation")
+    tokens = sample_groups(policy, prompt_tokens(asked), 1, 0, task.max_completion, generator)[0]
     samples = [[prompt, text, task.reward(prompt, text)] for prompt, text in zip(asked, map(decode, tokens[:, 0]))]
     return {"curves": curves, "final": final, "examples": examples, "samples": samples}
 
@@ -586,6 +587,16 @@ def show_progress(name: str, bar: tqdm, row: dict) -> None:
     bar.n = row["step"]
     bar.set_postfix_str(text)
 
+def start_worker(context, processes: list):
+    """Start a worker, put it on the list, and return our end of its pipe."""
+    ours, theirs = context.Pipe()
+    processes.append(context.Process(target=worker, args=(theirs,), daemon=True))
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a worker that still imports ignores it too
+    processes[-1].start()
+    signal.signal(signal.SIGINT, ctrl_c)
+    theirs.close()  # so that a dead worker reads as the end of the file
+    return ours
+
 def train_all(units: list, save) -> list[str]:
     """Train every (label, config, seed), one process per core, and save(label, seed, run) each as it finishes.
 
@@ -597,19 +608,13 @@ def train_all(units: list, save) -> list[str]:
         if waiting:
             label, config, seed = waiting.pop()
             connection.send((config, seed))
-            bar = tqdm(total=config.steps + config.adapt, desc=f"{label}, seed {seed}", unit="rollout", position=slot,
-                       leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+            bar = tqdm(total=config.steps + config.adapt, desc=f"{label}, seed {seed}", position=slot, leave=False,
+                       dynamic_ncols=True, disable=not sys.stderr.isatty())
             busy[connection] = label, seed, slot, bar
 
     try:
         for slot in range(min(len(units), os.cpu_count() or 1)):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=worker, args=(theirs,), daemon=True))
-            ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a worker still importing ignores it too
-            processes[-1].start()
-            signal.signal(signal.SIGINT, ctrl_c)
-            theirs.close()
-            give_work(ours, slot)
+            give_work(start_worker(context, processes), slot)
         while busy:
             for connection in wait(list(busy)):
                 label, seed, slot, bar = busy[connection]
@@ -673,9 +678,10 @@ def read_result(path: Path) -> dict:
     """An EXPERIMENT.json. Raises ValueError saying what to do where it is truncated, empty or something else."""
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
         result = json.loads(path.read_text())
-        shapes = [(len(arm["seeds"]), len(arm["final"][m]), len(arm["curves"][m]), {len(row) for row in arm["curves"][m]},
-                   {len(arm["curves"]["step"])}) for arm in result["arms"].values() for m in MEASURES]
-        if result["experiment"] == path.stem and shapes and all(a == b == c and d == e for a, b, c, d, e in shapes):
+        whole = [len(arm["seeds"]) == len(arm["final"][m]) == len(arm["curves"][m])
+                 and {len(row) for row in arm["curves"][m]} == {len(arm["curves"]["step"])}
+                 for arm in result["arms"].values() for m in MEASURES]
+        if result["experiment"] == path.stem and whole and all(whole):
             return result
     raise ValueError(f"{path} is not a whole result of this program; make it again with: "
                      f"python tokrl.py --experiment {path.stem} --out {path.parent}")
@@ -692,7 +698,8 @@ def experiment_arms(experiment: str, base: Config) -> dict[str, Config]:
         "failure-modes": {"": {}},
         "control": {"": {"fork": 0}},
         "frontier": {f"lr={lr:g}": {"lr": lr} for lr in (3e-5, 6e-5, 1e-4, 3e-4)},
-        "losses": {loss: {"loss": loss, "clip_eps": None} for loss in LOSSES} | {"gspo unclipped": {"clip_eps": math.inf}},
+        "losses": {**{loss: {"loss": loss, "clip_eps": None} for loss in LOSSES},
+                   "gspo unclipped": {"clip_eps": math.inf}},
         "group-size": {f"G={size}": {"group_size": size, "prompts": 64 // size} for size in (2, 4, 8, 16)},
         "adapt": {f"kl={kl:g}": {"kl": kl, **adapt} for kl in (0.0, Config.kl)},
     }[experiment]
@@ -758,7 +765,7 @@ def columns_of(result: dict) -> dict[str, dict[str, list]]:
                 columns["entropy at the change"][label].append(entropy[row][steps.index(change)])
                 columns["rollouts to 0.9"][label].append(steps[-1 if i is None else i] - change)
                 columns["never reached"][label].append(float(i is None))
-    return {title: column for title, column in columns.items() if any(v is not None for c in column.values() for v in c)}
+    return {title: column for title, column in columns.items() if any(set(values) - {None} for values in column.values())}
 
 def bootstrap(off: list, on: list, combine=np.subtract) -> tuple[float, float, float]:
     """combine(mean off, mean on) with its 95% interval: seeds resampled in pairs 10,000 times, percentiles."""
@@ -806,7 +813,7 @@ def print_details(runs: dict, labels: list[str], seed: int) -> None:
         numbers = (start, *(run["examples"][i][3] for run in each.values()))
         print(f"    {prompt}{solution}".ljust(46) + "".join(f"{number:8.2f}" for number in numbers))
     for label, run in each.items():
-        samples, t = (f"{p}{y} ({'right' if r else 'wrong'})" for p, y, r in run["samples"]), run["timing"]
+        samples, t = [f"{p}{y} ({'right' if r else 'wrong'})" for p, y, r in run["samples"]], run["timing"]
         print(f"\nThree samples, {label}: " + ", ".join(samples))
         print("Seconds: " + ", ".join(f"{t[k]:.0f} {k}" for k in ("warm start", "sampling", "update", "exact measures"))
               + f"; tokens per second: {t['tokens sampled'] / t['sampling']:,.0f} sampled, "
@@ -833,7 +840,7 @@ def draw(result: dict, path: Path) -> None:
         write_whole(path, figure.savefig)
 
 def draw_curves(figure, result: dict) -> None:
-    """The three failure modes over training, and accuracy below: mean over seeds, band from the lowest to the highest."""
+    """The three failure modes over training, accuracy below: mean over seeds, band from the lowest to the highest."""
     grid = figure.add_gridspec(2, 3, height_ratios=(5, 2))
     for i, (measure, (title, unit)) in enumerate(PANELS.items()):
         axes, ends = figure.add_subplot(grid[0, i] if i < 3 else grid[1, :]), {}
@@ -844,13 +851,16 @@ def draw_curves(figure, result: dict) -> None:
             ends[label] = rows.mean(0)[-1]
         top = 1.03 if measure in ("accuracy", "solution_entropy") else axes.get_ylim()[1]
         axes.set(title=title, ylabel=unit, xlabel="rollouts", xlim=(0, steps[-1]), ylim=(0, top))
-        place = -math.inf
-        for label in sorted(ends, key=ends.get):  # direct labels at the line ends, kept apart
-            place = max(place + top * (0.08 if i < 3 else 0.25), np.nan_to_num(ends[label]))
-            axes.annotate(label, (1.02, place), xycoords=("axes fraction", "data"), color=COLOURS[label], va="center")
+        order, gap = sorted(ends, key=ends.get), top * (0.07 if i < 3 else 0.22)
+        places = [ends[order[0]]]  # direct labels at the line ends, pushed apart and centred on the lines
+        for label in order[1:]:
+            places.append(max(places[-1] + gap, ends[label]))
+        lift = np.mean(places) - np.mean(list(ends.values()))
+        for label, place in zip(order, places):
+            axes.text(1.02, place - lift, label, transform=axes.get_yaxis_transform(), color=COLOURS[label], va="center")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
-    figure.supxlabel(f"{config['loss']} on {config['task']}, fork {config['fork']}; {spread}", fontsize=10, color="0.35")
+    figure.supxlabel(f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}", fontsize=10, color="0.35")
 
 def draw_interval(axes, x: list, y: list, colour: str) -> tuple[float, float]:
     """A dot at the means of x and y (one value per seed), a line along each one's 95% interval; returns the means."""
@@ -907,17 +917,18 @@ def parser() -> Parser:
     """The options; those of Config's fields carry their names. Only what is given appears in the parsed namespace."""
     p = Parser(prog="tokrl.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                description="Train a tiny policy with and without the paper's transform; draw the three failure modes.")
-    p.add_argument("--transform", choices=["both", "on", *TRANSFORMS], help="on means min; a single arm is drawn beside "
-                   "those that exist (default both: off and on; --experiment failure-modes adds orth)")
+    p.add_argument("--transform", choices=["both", "on", *TRANSFORMS], help="on means min; a single arm is drawn "
+                   "beside those that exist (default both: off and on; --experiment failure-modes adds orth)")
     for name, kind, text in (
             ("loss", LOSSES, "the weights"), ("task", list(TASKS), "what is learnt"),
             ("group_size", int, "completions per prompt"), ("prompts", int, "prompts per rollout"),
-            ("inner_steps", int, "gradient steps per rollout"), ("steps", int, "rollouts"), ("lr", float, "learning rate"),
-            ("kl", float, "weight of the KL to the warm-started policy")):
+            ("inner_steps", int, "gradient steps per rollout"), ("steps", int, "rollouts"),
+            ("lr", float, "learning rate"), ("kl", float, "weight of the KL to the warm-started policy")):
         choice = {"type": kind} if isinstance(kind, type) else {"choices": kind}
         p.add_argument(f"--{name.replace('_', '-')}", **choice, help=f"{text} (default {getattr(Config, name)})")
     p.add_argument("--fork", type=int, help="opening tokens that a group shares (default: the task's own; commute: 2)")
-    p.add_argument("--clip-eps", type=float, help="clip ratios outside 1 ± this; inf: no clip (default 0.04 for gspo, else 0.2)")
+    p.add_argument("--clip-eps", type=float, help="clip ratios outside 1 ± this; inf: no clip "
+                   "(default 0.04 for gspo, 0.2 for the others)")
     p.add_argument("--seeds", type=seeds_from, help="N or A-B (default 0)")
     p.add_argument("--out", type=Path, help="folder for results (default runs)")
     p.add_argument("--experiment", choices=EXPERIMENTS, help="default failure-modes; the others set loss and transform")
@@ -926,7 +937,7 @@ def parser() -> Parser:
     return p
 
 def arms_from(given: dict) -> tuple[str, Config, dict, dict]:
-    """What the options ask for: experiment, base configuration, arms to train, arms to draw beside them if they exist."""
+    """What the options ask for: experiment, base configuration, arms to train, arms to draw beside them if kept."""
     name, word = given.get("experiment", "failure-modes"), given.get("transform", "both").replace("min", "on")
     fields = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
     base = Config(**{k: v for k, v in fields.items() if k != "transform"})
@@ -942,7 +953,7 @@ def arms_from(given: dict) -> tuple[str, Config, dict, dict]:
     return name, base, arms, {}
 
 def plot_all(out: Path, names) -> int:
-    """Redraw every result in `out` and print its table. Returns 2 where one is not whole; ValueError where there is none."""
+    """Redraw every result in `out` and print its table; returns 2 if one is not whole. ValueError if there is none."""
     paths, status = [path for name in names if (path := out / f"{name}.json").exists()], 0
     require(bool(paths), f"no results in {out} to plot; make one with: python tokrl.py --out {out}")
     for path in paths:
