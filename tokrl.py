@@ -7,8 +7,8 @@ summaries, not from the full text.
 The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of
 G *completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; its
 *advantage* is its reward minus the group's mean, so a group's advantages sum to 0. A *rollout* is B such groups, on
-which we take a few gradient steps. After the first the policy is no longer the one that sampled ("off-policy"), so every token gets an
-importance *ratio*, its probability now over its probability then; most losses *clip* that ratio.
+which we take a few gradient steps. After the first the policy is no longer the one that sampled ("off-policy"), so
+every token gets an importance *ratio*, its probability now over its probability then; most losses *clip* that ratio.
 
 The claim. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
 pushes, advantage times weight, should cancel over the group (Eq. 2). Sequence-level weights differ from trajectory to
@@ -222,7 +222,7 @@ def checked_mask(advantages, mask, **tensors):
     require(advantages.shape == mask.shape[:2],
             f"advantages must be {tuple(mask.shape[:2])} for this mask; got {tuple(advantages.shape)}")
     for name, tensor in tensors.items():
-        require(tensor.shape == mask.shape, f"{name} must be {tuple(mask.shape)} as the mask; got {tuple(tensor.shape)}")
+        require(tensor.shape == mask.shape, f"{name} must be {tuple(mask.shape)} like mask; got {tuple(tensor.shape)}")
         require(tensor.is_floating_point(), f"{name} must be of a floating-point dtype; got {tensor.dtype}")
     return mask.bool()
 
@@ -271,7 +271,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
         case "grpo_sym":  w = r * ((1 - low <= r) & (r <= 1 + high)) / L  # cancels: the clip ignores Â ("GRPO-fix")
         case "cispo":     w = r.clamp(max=1 + high) * BG / M              # cancels
         case "gspo":      w = (s := (log_R / n).exp()) * keep(s) / n      # broken: s, its clip, n differ by trajectory
-        case "seq":       w = log_R.clamp(max=largest).exp() / L          # broken by the other tokens' ratios (section 4)
+        case "seq":       w = log_R.clamp(max=largest).exp() / L          # broken by other tokens' ratios (section 4)
     return w.expand_as(r).masked_fill(~mask, 0.0)
 
 # ---- 6. Transforms: make the weights cancel at shared tokens --------------------------------------------------------
@@ -284,8 +284,8 @@ def transform_weights(weights, advantages, mask, kind):
         orth   w̃ = w − (Âᵀw / ‖Â‖²) Â           Adv-Orthogonal (Eq. 18): Âᵀw̃ = 0 by construction
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. Where ‖Â‖ = 0 over
-    the alive, orth returns w. A lone survivor keeps its weight under min and gets 0 under orth. Both are meant for weights
-    without gradient: with one, the transform itself couples the trajectories again. Two consequences:
+    the alive, orth returns w. A lone survivor keeps its weight under min and gets 0 under orth. Both are meant for
+    weights without gradient: with one, the transform itself couples the trajectories again. Two consequences:
     - the min of *clipped* weights is 0 as soon as one trajectory is clipped, so Min-Replace on gspo is also a trust
       region for the whole group; the `control` experiment tells this apart from the cancellation;
     - on-policy and with equal lengths all weights are equal, and off, min and orth (Âᵀ1 = 0) are the same.
@@ -765,7 +765,7 @@ def columns_of(result: dict) -> dict[str, dict[str, list]]:
                 columns["entropy at the change"][label].append(entropy[row][steps.index(change)])
                 columns["rollouts to 0.9"][label].append(steps[-1 if i is None else i] - change)
                 columns["never reached"][label].append(float(i is None))
-    return {title: column for title, column in columns.items() if any(set(values) - {None} for values in column.values())}
+    return {title: each for title, each in columns.items() if any(set(values) - {None} for values in each.values())}
 
 def bootstrap(off: list, on: list, combine=np.subtract) -> tuple[float, float, float]:
     """combine(mean off, mean on) with its 95% interval: seeds resampled in pairs 10,000 times, percentiles."""
@@ -857,7 +857,8 @@ def draw_curves(figure, result: dict) -> None:
             places.append(max(places[-1] + gap, ends[label]))
         lift = np.mean(places) - np.mean(list(ends.values()))
         for label, place in zip(order, places):
-            axes.text(1.02, place - lift, label, transform=axes.get_yaxis_transform(), color=COLOURS[label], va="center")
+            where, colour = (1.02, place - lift), COLOURS[label]
+            axes.annotate(label, where, xycoords=("axes fraction", "data"), color=colour, va="center")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
     figure.supxlabel(f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}", fontsize=10, color="0.35")
