@@ -264,8 +264,22 @@ def test_weights_with_other_clips_and_lengths():
         assert (unclipped[MASK == 1] > 0).all()
         scale = 3 / 5 if loss in ("reinforce", "dr_grpo", "grpo_sym", "seq") else 1.0
         assert torch.allclose(weights(loss, clip_eps=math.inf, max_length=5), unclipped * scale)
-    zeros = effective_weights("gspo", OLD, OLD, ADVANTAGES, MASK * 0)
-    assert (zeros == 0).all(), "nobody is scored"
+    for loss in LOSSES:
+        assert (effective_weights(loss, OLD, OLD, ADVANTAGES, MASK * 0) == 0).all(), "nobody is scored"
+    # B = 1, G = 2, one scored token: BG / M = 2, for dapo and cispo alike
+    one = torch.tensor([[[1, 0, 0], [0, 0, 0]]])
+    for loss in ("dapo", "cispo"):
+        w = effective_weights(loss, OLD[:1], OLD[:1], ADVANTAGES[:1], one)
+        assert torch.equal(w, tensor([[[2, 0, 0], [0, 0, 0]]]))
+
+
+def test_the_clip_asks_for_the_sign_of_the_advantage_only():
+    # Â = ½, −½, 0 at ratios 0.5 and 1.5: dropped are (½, 1.5) and (−½, 0.5); with Â = 0 nothing is
+    ratio = tensor([[[0.5, 1.5]] * 3])
+    w = effective_weights(
+        "dr_grpo", ratio.log(), ratio * 0, tensor([[0.5, -0.5, 0.0]]), torch.ones(1, 3, 2), max_length=1
+    )
+    assert torch.allclose(w, tensor([[[0.5, 0.0], [0.0, 1.5], [0.5, 1.5]]]))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

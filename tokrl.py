@@ -254,7 +254,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
     r = log_r.exp()  # the token's importance ratio
     log_R = log_r.sum(dim=-1, keepdim=True)  # (B,G,1) the whole completion's
     largest = 0.8 * math.log(torch.finfo(r.dtype).max)  # far past any real ratio; a product beyond it would be inf
-    A = advantages.detach()[..., None]  # (B,G,1)
+    A = advantages[..., None]  # (B,G,1); only its sign matters here
     n = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B,G,1) scored tokens of each trajectory
     L = mask.shape[-1] if max_length is None else max_length
     BG, M = mask.shape[0] * mask.shape[1], mask.sum().clamp(min=1)  # trajectories and scored tokens in the batch
@@ -607,7 +607,8 @@ def train_all(units: list, save) -> list[str]:
     def give_work(connection, slot):
         if waiting:
             label, config, seed = waiting.pop()
-            connection.send((config, seed))
+            with contextlib.suppress(BrokenPipeError):  # its worker has died: the next recv says so
+                connection.send((config, seed))
             bar = tqdm(total=config.steps + config.adapt, desc=f"{label}, seed {seed}", position=slot, leave=False,
                        dynamic_ncols=True, disable=not sys.stderr.isatty())
             busy[connection] = label, seed, slot, bar
@@ -866,7 +867,7 @@ def draw_curves(figure, result: dict) -> None:
 def draw_interval(axes, x: list, y: list, colour: str) -> tuple[float, float]:
     """A dot at the means of x and y (one value per seed), a line along each one's 95% interval; returns the means."""
     (x, *xs), (y, *ys) = (bootstrap(values, [0.0] * len(values)) for values in (x, y))
-    axes.plot(xs, [y, y], [x, x], ys, color=colour, lw=2)
+    axes.plot(xs, [y, y], [x, x], ys, color=colour, lw=2, alpha=0.6)
     axes.plot([x], [y], "o", color=colour)
     return x, y
 
@@ -886,18 +887,21 @@ def draw_dots(figure, result: dict) -> None:
         axes.grid(axis="x", color="0.9")
 
 def draw_frontier(figure, result: dict) -> None:
-    """Accuracy against drift at the end of training: one curve per transform, one point per learning rate."""
+    """Accuracy against drift (log scale) at the end of training: a curve per transform, a point per learning rate."""
     axes, curves = figure.subplots(), defaultdict(list)
+    place = {"off": ((7, 6), "left"), "on": ((-7, -14), "right"), "orth": ((-7, 6), "right")}
     for label, arm in result["arms"].items():
         word, rate = label.split(" lr=")
         point = draw_interval(axes, arm["final"]["accuracy"], arm["final"]["solution_drift"], COLOURS[word])
-        axes.annotate(rate, point, xytext=(5, 6), textcoords="offset points", fontsize=9, color=COLOURS[word])
+        where = dict(xytext=place[word][0], ha=place[word][1], textcoords="offset points")
+        axes.annotate(f"{float(rate):.0e}".replace("e-0", "e-"), point, **where, fontsize=9, color=COLOURS[word])
         curves[word].append(point)
     for word, points in curves.items():
         axes.plot(*zip(*points), STYLES[word], color=COLOURS[word], lw=1.5, label=word)
     axes.legend(title="transform", loc="upper left", frameon=False)
-    axes.set(xlabel="accuracy", ylabel="solution drift (nats)", title="Accuracy and drift at each learning rate")
-    axes.set_ylim(0)
+    axes.set(xlabel="accuracy", ylabel="solution drift (nats, log scale)", title="Accuracy and drift, by learning rate",
+             yscale="log", yticks=(0.3, 0.5, 1, 2, 4), yticklabels=("0.3", "0.5", "1", "2", "4"))
+    axes.minorticks_off()
 
 # ---- 17. Command line -----------------------------------------------------------------------------------------------
 
