@@ -67,6 +67,8 @@ def random_policy(seed: int = 0) -> Policy:
 def test_task_is_what_it_says(task):
     prompts = task.prompts()
     solutions = [s for p in prompts for s in task.solutions(p)]
+    counts = {"commute": (72, 144, 2, 8), "split": (10, 276, 2, 7), "chain": (84, 168, 2, 7), "add": (100, 100, 1, 4)}
+    assert (len(set(prompts)), len(solutions), task.fork, task.max_completion) == counts[task.name]
     assert len(prompts) == len(set(prompts)) <= 150 and len(solutions) <= 400
     assert len({len(p) for p in prompts}) == 1
     assert task.max_completion > max(map(len, solutions)) + 1 and 0 <= task.fork < task.max_completion
@@ -174,6 +176,12 @@ def test_sampler_shares_the_fork_and_scores_like_a_rescoring(fork):
     ):  # the mask ends with the first EOS
         n = row.index(EOS) + 1 if EOS in row else 8
         assert kept == [True] * n + [False] * (8 - n)
+
+
+def test_a_group_of_one_is_a_plain_sample():
+    prompt = torch.tensor([encode("75=")])
+    tokens, old, mask = sample_groups(random_policy(), prompt, 1, 0, 8, named_generator(0, "sampling"))
+    assert tokens.shape == (1, 1, 8) and old.dtype == torch.float64
 
 
 def test_samples_follow_the_enumerated_distribution():
@@ -506,6 +514,16 @@ def test_measures_by_brute_force(task):
         )
     else:
         assert got["solution_entropy"] is None and got["solution_drift"] is None
+
+
+def test_a_prompt_with_one_solution_has_no_entropy_and_does_not_count():
+    mixed = replace(COMMUTE, table={"75=": COMMUTE.table["75="], "41=": COMMUTE.table["41="][:1]})
+    both = replace(COMMUTE, table={"75=": COMMUTE.table["75="]})
+    policy, start = random_policy(3), random_policy(4)
+    got, want = evaluate(policy, mixed, start), evaluate(policy, both, start)
+    assert got["solution_entropy"] == pytest.approx(want["solution_entropy"])
+    assert got["solution_drift"] == pytest.approx(want["solution_drift"])
+    assert got["accuracy"] != pytest.approx(want["accuracy"])
 
 
 @pytest.mark.parametrize(
