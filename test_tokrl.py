@@ -1249,7 +1249,7 @@ def test_what_is_finished_is_not_trained_again_unless_fresh_or_damaged(both_arms
     before, line = results(folder), [str(x) for x in short]
     assert tokrl.main(line) == 0
     captured = capsys.readouterr()
-    assert "2 runs, 0 still to train" in captured.err and "rollout" not in captured.err.split("\n", 1)[1]
+    assert "0 of 2 runs to train" in captured.err and "rollout" not in captured.err.split("\n", 1)[1]
     assert results(folder) == before
     picture = (folder / "failure-modes.png").read_bytes()
     (folder / "failure-modes.png").unlink()
@@ -1259,7 +1259,7 @@ def test_what_is_finished_is_not_trained_again_unless_fresh_or_damaged(both_arms
     kept[0].write_text(kept[0].read_text()[:100])  # truncated: named, and trained again to the same bits
     assert tokrl.main(line) == 0
     captured = capsys.readouterr()
-    assert f"{kept[0]} is not a finished run" in captured.err and "1 still to train" in captured.err
+    assert f"{kept[0]} is not a finished run" in captured.err and "1 of 2 runs to train" in captured.err
     assert results(folder) == before
 
 

@@ -584,6 +584,8 @@ def show_progress(name: str, bar: tqdm, row: dict) -> None:
     text = ", ".join(f"{MEASURES[k]} {row[k]:.2f}" for k in shown)
     if bar.disable and (row["step"] // 50 > bar.n // 50 or row["step"] in (0, bar.total)):
         print(f"{name}: rollout {row['step']}/{bar.total}, {text}", file=sys.stderr, flush=True)
+    if row["step"] == 0:
+        bar.unpause()  # the clock and the rate start after the warm start
     bar.n = row["step"]
     bar.set_postfix_str(text)
 
@@ -610,7 +612,8 @@ def train_all(units: list, save) -> list[str]:
             with contextlib.suppress(BrokenPipeError):  # its worker has died: the next recv says so
                 connection.send((config, seed))
             bar = tqdm(total=config.steps + config.adapt, desc=f"{label}, seed {seed}", position=slot, leave=False,
-                       dynamic_ncols=True, disable=not sys.stderr.isatty())
+                       dynamic_ncols=True, disable=not sys.stderr.isatty(), unit=" rollouts")
+            bar.set_postfix_str("warm start")
             busy[connection] = label, seed, slot, bar
 
     try:
@@ -720,8 +723,8 @@ def run_experiment(name: str, base: Config, arms: dict, beside: dict, seeds: lis
     runs = {unit: run for unit, path in paths.items() if not (fresh and unit[0] in arms) and (run := kept_run(path))}
     waiting = [(label, config, seed) for seed in seeds for label, config in arms.items() if (label, seed) not in runs]
     seconds = sum(c.steps + c.adapt for _, c, _ in waiting) / 13 / max(1, min(len(waiting), os.cpu_count() or 1))
-    print(f"{name}: {len(arms) * len(seeds)} runs, {len(waiting)} still to train, about {math.ceil(seconds / 60)} min "
-          "at 13 rollouts a second and process", file=sys.stderr, flush=True)
+    print(f"{name}: {len(waiting)} of {len(arms) * len(seeds)} runs to train, about {math.ceil(seconds / 60)} min "
+          "at 13 rollouts a second in each process", file=sys.stderr, flush=True)
 
     def save(label, seed, run):
         write_json(paths[label, seed], run)
@@ -764,7 +767,7 @@ def columns_of(result: dict) -> dict[str, dict[str, list]]:
             if result["experiment"] == "adapt":
                 i, change = reached(arm, row, after=arm["steps"]), arm["steps"]
                 columns["entropy at the change"][label].append(entropy[row][steps.index(change)])
-                columns["rollouts to 0.9"][label].append(steps[-1 if i is None else i] - change)
+                columns["rollouts to accuracy 0.9"][label].append(steps[-1 if i is None else i] - change)
                 columns["never reached"][label].append(float(i is None))
     return {title: each for title, each in columns.items() if any(set(values) - {None} for values in each.values())}
 
