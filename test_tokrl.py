@@ -1012,8 +1012,8 @@ def recorded() -> dict:
     return json.loads((HERE / "figures" / "failure-modes.json").read_text())["arms"]
 
 
-def audit_prediction(name: str):
-    """One of the paper's three predictions, off against on, from the recorded runs: paired, with 95% intervals."""
+def prediction_difference(name: str) -> tuple[float, float, float]:
+    """off − on from the recorded runs, paired by seed, with its 95% interval."""
     arms = recorded()
 
     def value(arm, row):
@@ -1025,9 +1025,16 @@ def audit_prediction(name: str):
         }[name]
 
     off, on = ([value(arms[label], row) for row in range(len(arms[label]["seeds"]))] for label in ("off", "on"))
-    difference, low, high = tokrl.bootstrap(off, on)
-    better = low > 0 if name != "final accuracy" else high < 0
-    worse = high < 0 if name != "final accuracy" else low > 0
+    return tokrl.bootstrap(off, on)
+
+
+def audit_prediction(name: str):
+    """One of the paper's three predictions, off against on, from the recorded runs."""
+    difference, low, high = prediction_difference(name)
+    if name == "final accuracy":  # the one where more is better
+        better, worse = high < 0, low > 0
+    else:
+        better, worse = low > 0, high < 0
     verdict = "holds" if better else "fails" if worse else "fails (no difference seen)"
     return "predictions", f"{name}: better under min", f"off − on {difference:+.3g} [{low:+.3g}, {high:+.3g}]", verdict
 
@@ -1400,6 +1407,126 @@ def test_bootstrap_and_table_by_hand():
     assert tokrl.compare([0.5, 0.5], [0.9, 0.9], "solution entropy", True) == "5.00 [5.00, 5.00]"
     assert tokrl.compare([None, 2.0], [1.0, 1.0], "solution drift (nats)", False) == "+1.00 [+1.00, +1.00]"
     assert tokrl.compare([None], [1.0], "residual", False) == "" == tokrl.compare([1.0], [1.0], "accuracy", True)
+
+
+# ---- The README tells the truth -------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+FIGURES = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "figures").glob("*.json"))}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_readme_shows_each_experiment_as_recorded(name):
+    result = FIGURES[name]
+    assert tokrl.read_result(HERE / "figures" / f"{name}.json") == result
+    assert tokrl.table(result) in README, "a table of the README is not that of its JSON"
+    assert f"`{result['command']}`" in README and f"(figures/{name}.png)" in README
+    assert result["command"] == f"python tokrl.py --experiment {name} --seeds 0-7 --out figures"
+    assert all(arm["seeds"] == list(range(8)) for arm in result["arms"].values())
+    base = Config()
+    assert {k: v for k, v in result["config"].items()} == {k: getattr(base, k) for k in result["config"]}
+    assert list(result["arms"]) == list(tokrl.experiment_arms(name, base))
+
+
+def test_figures_holds_every_experiment_and_nothing_else():
+    names = {p.name for p in (HERE / "figures").iterdir()} - {".cache"}
+    assert names == {f"{name}.{kind}" for name in tokrl.EXPERIMENTS for kind in ("json", "png")}
+
+
+def test_the_recorded_runs_show_what_is_claimed():
+    arms = FIGURES["failure-modes"]["arms"]
+    final = lambda label, measure: arms[label]["final"][measure]
+    for measure, least in (("solution_drift", 3), ("learning_tax", 1.5)):
+        ratio, low, _ = tokrl.bootstrap(final("off", measure), final("on", measure), np.divide)
+        assert ratio > least and low > {"solution_drift": 2, "learning_tax": 1.2}[measure]
+    lost = [1 - np.mean(final(label, "solution_entropy")) for label in ("off", "on")]
+    assert lost[0] / lost[1] > 4
+    assert abs(np.mean(final("off", "accuracy")) - np.mean(final("on", "accuracy"))) < 0.03
+    assert max(final("on", "residual") + final("orth", "residual")) < 1e-6 < min(final("off", "residual"))
+
+
+def test_readme_prose_repeats_the_recorded_numbers():
+    """The numbers of "What the toy shows, and what it does not", each beside the words that stand there."""
+    prose = " ".join(README[README.index("## What the toy shows") : README.index("## The paper's statements")].split())
+    final = {name: {label: arm["final"] for label, arm in FIGURES[name]["arms"].items()} for name in FIGURES}
+
+    def said(text, *recorded):
+        assert text in prose, text
+        for number, value in zip(re.findall(r"[−-]?\d+(?:\.\d+)?", text), recorded, strict=True):
+            decimals = len(number.partition(".")[2])
+            assert abs(float(number.replace("−", "-")) - value) <= 0.501 * 10**-decimals, (text, value)
+
+    def ratio(measure, on="on"):
+        off, on = (final["failure-modes"][label][measure] for label in ("off", on))
+        if measure == "solution_entropy":
+            off, on = [1 - h for h in off], [1 - h for h in on]
+        return tokrl.bootstrap(off, on, np.divide)
+
+    said("6.1 times", ratio("solution_drift")[0])
+    said("5.4 to 7.0", *ratio("solution_drift")[1:])
+    said("8.6 times", ratio("solution_entropy")[0])
+    said("6.9 to 11.1", *ratio("solution_entropy")[1:])
+    said("2.2 times", ratio("learning_tax")[0])
+    said("1.8 to 2.7", *ratio("learning_tax")[1:])
+    said("1.00, 0.83 to 1.23", *ratio("learning_tax", "orth"))
+    accuracy = (final["failure-modes"][label]["accuracy"] for label in ("off", "on"))
+    said("0.01 (−0.00 to 0.02)", *tokrl.bootstrap(*accuracy))
+    back = tokrl.columns_of(FIGURES["adapt"])["rollouts to accuracy 0.9"]
+    said("31 rollouts", np.mean(back["on kl=0.02"]))
+    said("after 61", np.mean(back["off kl=0.02"]))
+    said("41 against 88", np.mean(back["on kl=0"]), np.mean(back["off kl=0"]))
+    said("30, 6 to 62", *tokrl.bootstrap(back["off kl=0.02"], back["on kl=0.02"]))
+    said("46, 29 to 64", *tokrl.bootstrap(back["off kl=0"], back["on kl=0"]))
+    entropy = {label: np.mean(arm["solution_entropy"]) for label, arm in final["control"].items()}
+    said("0.38 against 0.56", entropy["orth"], entropy["off"])
+    said("0.73", entropy["on"])
+    slow, usual = (final["frontier"][f"off lr={lr}"] for lr in ("3e-05", "0.0001"))
+    said("0.63 instead of 2.14", np.mean(slow["solution_drift"]), np.mean(usual["solution_drift"]))
+    said("0.91 instead of 0.95", np.mean(slow["accuracy"]), np.mean(usual["accuracy"]))
+    said("18%", 100 * enumerated_bias("seq", "min", True))
+    said("8%", 100 * enumerated_bias("seq", "orth", True))
+    difference, low, high = prediction_difference("rollouts to accuracy 0.9")
+    said("22 rollouts (16 to 29)", -difference, -high, -low)
+
+
+def test_every_name_of_the_maps_exists():
+    section = README[README.index("## The paper's statements") : README.index("## Evidence")]
+    names = set(re.findall(r"`([\w./-]+)`", section)) | set(re.findall(r"test_\w+", tokrl.__doc__))
+    names |= set(re.findall(r"`(\w+_\w+)`", README)) - {"dr_grpo", "grpo_sym"}
+    assert len(names) > 30
+    for name in names:
+        if name.endswith((".png", ".py")):
+            assert (HERE / name).exists(), name
+        else:
+            assert hasattr(tokrl, name) or name in globals(), name
+    for place in ("Eq. 2", "§4", "Prop. 3.1", "Cor. 3.2", "Cor. 3.3", "Eq. 17", "Eq. 18", "predictions"):
+        assert f"\n| {place}" in section or f", {place}" in section, place
+
+
+def test_every_command_of_the_readme_is_understood():
+    lines = re.findall(r"`(python tokrl\.py[^`]*)`", README) + re.findall(
+        r"^(python tokrl\.py.*?)(?:  +.*)?$", README, re.M
+    )
+    assert len(lines) > 15
+    for line in set(lines) - {"python tokrl.py --help"}:
+        given = vars(tokrl.parser().parse_args(line.split()[2:]))
+        if "plot" not in given:
+            tokrl.arms_from(given)
+    for option in re.findall(r"`(--[a-z-]+)", README):
+        assert option in tokrl.parser().format_help(), option
+
+
+@pytest.mark.slow
+def test_every_test_selection_of_the_readme_selects_something():
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q"], cwd=HERE, capture_output=True, text=True
+    )
+    names = [line.split("::")[1] for line in listed.stdout.splitlines() if "::" in line]
+    selections = re.findall(r'pytest -k (?:"([^"]+)"|(\w+))', README)
+    assert len(selections) > 15 and len(names) > 300
+    for selection in (a or b for a, b in selections):
+        test = re.sub(r"\b(?!and\b|or\b|not\b)(\w+)", r"('\1' in name)", selection)
+        assert any(eval(test, {"name": name}) for name in names), selection
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ Where this program departs from the paper:
     section 4, Cor. 3.3   effective_weights (loss "seq")                            test_section4, test_cor33
     Prop. 3.1             learning_tax                                              test_prop31
     Cor. 3.2              evaluate                                                  test_cor32
-    Eqs. 17, 18           transform_weights                                         test_eq17, test_eq18
+    Eqs. 17, 18           transform_weights                                         test_eq17_and_eq18
 """
 
 import argparse, contextlib, copy, functools, hashlib, json, math, multiprocessing, os, random, shlex, signal, sys
