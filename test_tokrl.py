@@ -68,7 +68,8 @@ def test_task_is_what_it_says(task):
     prompts = task.prompts()
     solutions = [s for p in prompts for s in task.solutions(p)]
     counts = {"commute": (72, 144, 2, 8), "split": (10, 276, 2, 7), "chain": (84, 168, 2, 7), "add": (100, 100, 1, 4)}
-    assert (len(set(prompts)), len(solutions), task.fork, task.max_completion) == counts[task.name]
+    found = (len(set(prompts)), len(solutions), task.fork, task.max_completion)
+    assert found == counts.get(task.name, found)  # a task that a reader adds has no entry
     assert len(prompts) == len(set(prompts)) <= 150 and len(solutions) <= 400
     assert len({len(p) for p in prompts}) == 1
     assert task.max_completion > max(map(len, solutions)) + 1 and 0 <= task.fork < task.max_completion

@@ -22,7 +22,8 @@ Where this program departs from the paper:
  2. A group shares its first `fork` tokens by construction (chapter 3). In a language model they are shared because they
     are nearly certain; in a toy such tokens would have no gradient to look at.
  3. The transforms act position by position over the trajectories still scored there.
- 4. The baseline is GSPO as people run it, clipped. The paper's DFPO drops the clip: --clip-eps inf.
+ 4. The baseline is GSPO as people run it, clipped. The paper's DFPO drops the clip: --clip-eps inf, or --loss seq (our
+    sources leave open whether its ratio is the mean or the product over tokens).
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
 
     paper                 function                                                  test
