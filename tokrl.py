@@ -6,9 +6,10 @@ summaries, not from the full text.
 
 The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of
 G *completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; its
-*advantage* is its reward minus the group's mean, so a group's advantages sum to 0. A *rollout* is B such groups, on
-which we take a few gradient steps. After the first the policy is no longer the one that sampled ("off-policy"), so
-every token gets an importance *ratio*, its probability now over its probability then; most losses *clip* that ratio.
+*advantage* is its reward minus the group's mean, divided by the group's standard deviation, so a group's advantages
+sum to 0. A *rollout* is B such groups, on which we take a few gradient steps. After the first the policy is no longer
+the one that sampled ("off-policy"), so every token gets an importance *ratio*, its probability now over its probability
+then; most losses *clip* that ratio.
 
 The claim. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
 pushes, advantage times weight, should cancel over the group (Eq. 2). Sequence-level weights differ from trajectory to
@@ -25,6 +26,8 @@ Where this program departs from the paper:
  4. The baseline is GSPO as people run it, clipped. The paper's DFPO drops the clip: --clip-eps inf, or --loss seq (our
     sources leave open whether its ratio is the mean or the product over tokens).
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
+ 6. Only w differs between the losses. All share the advantages of chapter 4 (Dr. GRPO has no division by the standard
+    deviation), one symmetric clip (DAPO's is asymmetric) and a limit on the gradient's norm.
 
     paper                 function                                                  test
     objective, Eq. 2      effective_weights, policy_loss, cancellation_residual     test_eq2
@@ -266,9 +269,9 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
 
     match loss:                                                           # at a token shared by all:
         case "reinforce": w = torch.ones_like(r) / L                      # cancels: w is one constant
-        case "grpo":      w = r * keep(r) / n                             # broken by the clip's sign and by 1/n
-        case "dr_grpo":   w = r * keep(r) / L                             # broken by the clip's sign
-        case "dapo":      w = r * keep(r) * BG / M                        # broken by the clip's sign
+        case "grpo":      w = r * keep(r) / n                             # broken where a clip bites, and by 1/n
+        case "dr_grpo":   w = r * keep(r) / L                             # broken where a clip bites: keep asks for Â
+        case "dapo":      w = r * keep(r) * BG / M                        # broken where a clip bites
         case "grpo_sym":  w = r * ((1 - low <= r) & (r <= 1 + high)) / L  # cancels: the clip ignores Â ("GRPO-fix")
         case "cispo":     w = r.clamp(max=1 + high) * BG / M              # cancels
         case "gspo":      w = (s := (log_R / n).exp()) * keep(s) / n      # broken: s, its clip, n differ by trajectory
@@ -861,8 +864,10 @@ def draw_curves(figure, result: dict) -> None:
         for label in order[1:]:
             places.append(max(places[-1] + gap, ends[label]))
         lift = np.mean(places) - np.mean(list(ends.values()))
+        if max(ends.values()) - min(ends.values()) < gap / 4 and len(ends) > 1:  # one line on top of the other
+            order, places, lift = ["all"], [places[0]], 0.0
         for label, place in zip(order, places):
-            where, colour = (1.02, place - lift), COLOURS[label]
+            where, colour = (1.02, place - lift), COLOURS.get(label, "0.35")
             axes.annotate(label, where, xycoords=("axes fraction", "data"), color=colour, va="center")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
@@ -886,26 +891,29 @@ def draw_dots(figure, result: dict) -> None:
             if values:
                 draw_interval(axes, values, [y] * len(values), colour)
         axes.set(yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.4, -0.6))
-        axes.set_xlim(0, 1.03 if title in ("accuracy", "solution entropy") else None)
+        axes.set_xlim(None if title == "accuracy" else 0, 1.03 if title in ("accuracy", "solution entropy") else None)
         axes.set_title(title.replace(" ", "\n", 1), fontsize=10)
         axes.grid(axis="x", color="0.9")
 
 def draw_frontier(figure, result: dict) -> None:
-    """Accuracy against drift (log scale) at the end of training: a curve per transform, a point per learning rate."""
+    """Errors against drift at the end of training, log scales: a curve per transform, a point per learning rate."""
     axes, curves = figure.subplots(), defaultdict(list)
-    place = {"off": ((7, 6), "left"), "on": ((-7, -14), "right"), "orth": ((-7, 6), "right")}
+    place = {"off": ((7, 6), "left"), "on": ((-7, 5), "right"), "orth": ((9, -4), "left")}
     for label, arm in result["arms"].items():
         word, rate = label.split(" lr=")
-        point = draw_interval(axes, arm["final"]["accuracy"], arm["final"]["solution_drift"], COLOURS[word])
+        errors = [1 - accuracy for accuracy in arm["final"]["accuracy"]]
+        point = draw_interval(axes, errors, arm["final"]["solution_drift"], COLOURS[word])
         where = dict(xytext=place[word][0], ha=place[word][1], textcoords="offset points")
         axes.annotate(f"{float(rate):.0e}".replace("e-0", "e-"), point, **where, fontsize=9, color=COLOURS[word])
         curves[word].append(point)
     for word, points in curves.items():
         axes.plot(*zip(*points), STYLES[word], color=COLOURS[word], lw=1.5, label=word)
-    axes.legend(title="transform", loc="upper left", frameon=False)
-    axes.set(xlabel="accuracy", ylabel="solution drift (nats, log scale)", title="Accuracy and drift, by learning rate",
-             yscale="log", yticks=(0.3, 0.5, 1, 2, 4), yticklabels=("0.3", "0.5", "1", "2", "4"))
+    axes.legend(title="transform", loc="lower right", frameon=False)
+    axes.set(xscale="log", xlabel="1 − accuracy (log scale)", xticks=(0.04, 0.06, 0.1, 0.2), yscale="log",
+             ylabel="solution drift (nats, log scale)", yticks=(0.3, 0.5, 1, 2, 4), title="Lower left is better")
     axes.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
 
 # ---- 17. Command line -----------------------------------------------------------------------------------------------
 
