@@ -898,12 +898,13 @@ def draw_dots(figure, result: dict) -> None:
 def draw_frontier(figure, result: dict) -> None:
     """Errors against drift at the end of training, log scales: a curve per transform, a point per learning rate."""
     axes, curves = figure.subplots(), defaultdict(list)
-    place = {"off": ((7, 6), "left"), "on": ((-7, 5), "right"), "orth": ((9, -4), "left")}
+    place = {"off": ((7, 6), "left"), "on": ((-7, 5), "right"), "orth": ((9, -13), "left")}
     for label, arm in result["arms"].items():
         word, rate = label.split(" lr=")
         errors = [1 - accuracy for accuracy in arm["final"]["accuracy"]]
         point = draw_interval(axes, errors, arm["final"]["solution_drift"], COLOURS[word])
-        where = dict(xytext=place[word][0], ha=place[word][1], textcoords="offset points")
+        where = dict(xytext=place[word][0], ha=place[word][1], textcoords="offset points",
+                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axes.annotate(f"{float(rate):.0e}".replace("e-0", "e-"), point, **where, fontsize=9, color=COLOURS[word])
         curves[word].append(point)
     for word, points in curves.items():
