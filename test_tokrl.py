@@ -1,6 +1,6 @@
 """Tests of tokrl.py and toy_tasks.py, and the paper's statements as an executable audit.
 
-    python -m pytest                    everything, about a minute and a half on two cores
+    python -m pytest                    everything, about two minutes on two cores
     python -m pytest -m "not slow"      without those that train or start the program, about 15 seconds
     python test_tokrl.py                the audit's table: what each place of the paper says, and what is measured
 
@@ -413,6 +413,14 @@ def test_extremes_stay_finite(loss, transform, dtype):
     value.backward()
     assert math.isfinite(value.item()) and torch.isfinite(logprobs.grad).all()
     assert (logprobs.grad[mask == 0] == 0).all() and (logprobs.grad[1] == 0).all()
+
+
+def test_a_clipped_weight_is_0_even_where_the_ratio_overflows():
+    """e^200 is inf in float32; a clip that bites makes it 0, not inf · 0."""
+    logprobs = torch.tensor([[[200.0], [0.0]]])
+    for loss in ("grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo"):
+        w = effective_weights(loss, logprobs, logprobs * 0, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2, 1))
+        assert w[0, 0, 0] == (1.2 if loss == "cispo" else 0.0)
 
 
 def test_an_empty_trajectory_adds_nothing_and_still_counts():
@@ -1124,7 +1132,7 @@ AUDIT = (
         ("--experiment adapt --task split", "sets --task itself"),
         ("--experiment losses --clip-eps 0.3", "sets --clip-eps itself"),
         ("--plot --steps 3", "leave out --steps"),
-        ("--plot", "no results in runs"),
+        ("--plot", "no results in runs for --plot;"),
         ("--plot --out nowhere", "no results in nowhere"),
         ("--step 3", "--step"),
         ("commute", "commute"),
@@ -1294,15 +1302,14 @@ def test_killed_and_given_again_ends_with_the_same_bits(both_arms, tmp_path):
     process = start(*line)
     while process.poll() is None and not list(tmp_path.glob(".cache/[!.]*.json")):  # until one of the two runs is kept
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # its workers end with it
     process.communicate()
-    assert not (tmp_path / "failure-modes.json").exists()
     status, _, err = outcome(start(*line))
     assert status == 0 and results(tmp_path) == results(folder)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.skipif(sys.platform != "linux", reason="ps --ppid and /proc")
 def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     def workers(process):
         children = subprocess.run(
@@ -1509,12 +1516,12 @@ def test_readme_prose_repeats_the_recorded_numbers():
     said("18%", 100 * enumerated_bias("seq", "min", True))
     said("8%", 100 * enumerated_bias("seq", "orth", True))
     difference, low, high = prediction_difference("rollouts to accuracy 0.9")
-    said("22 rollouts (16 to 29)", -difference, -high, -low)
+    said("22 rollouts (16 to 29", -difference, -high, -low)
 
 
 def test_every_name_of_the_maps_exists():
     section = README[README.index("## The paper's statements") : README.index("## Evidence")]
-    names = set(re.findall(r"`([\w./-]+)`", section)) | set(re.findall(r"test_\w+", tokrl.__doc__))
+    names = set(re.findall(r"`([\w./-]+)`", section)) - {"orth"} | set(re.findall(r"test_\w+", tokrl.__doc__))
     names |= set(re.findall(r"`(\w+_\w+)`", README)) - {"dr_grpo", "grpo_sym"}
     assert len(names) > 30
     for name in names:
@@ -1553,6 +1560,7 @@ def test_every_test_selection_of_the_readme_selects_something():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for a console without ρ or −
     for audit, *arguments in AUDIT:
         place, statement, numbers, verdict = audit(*arguments)
         print(f"{place:<12} {statement}\n{'':12} {numbers}\n{'':12} -> {verdict}")

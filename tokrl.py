@@ -22,9 +22,10 @@ Where this program departs from the paper:
  1. A policy of 0.1 million parameters on toy arithmetic that can be enumerated, so that every measure is exact.
  2. A group shares its first `fork` tokens by construction (chapter 3). In a language model they are shared because they
     are nearly certain; in a toy such tokens would have no gradient to look at.
- 3. The transforms act position by position over the trajectories still scored there.
- 4. The baseline is GSPO as people run it, clipped. The paper's DFPO drops the clip: --clip-eps inf, or --loss seq (our
-    sources leave open whether its ratio is the mean or the product over tokens).
+ 3. The transforms act position by position, over the trajectories that have not ended there.
+ 4. The baseline is GSPO (one ratio per completion) as people run it, clipped. The paper's own method, DFPO, is
+    transformed weights without a clip: the arm `on` of --clip-eps inf (mean of the log-ratios) or of --loss seq (their sum); our
+    sources leave open which.
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
  6. Only w differs between the losses. All share the advantages of chapter 4 (Dr. GRPO has no division by the standard
     deviation), one symmetric clip (DAPO's is asymmetric) and a limit on the gradient's norm.
@@ -64,7 +65,7 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 def default_clip_eps(loss: str) -> float | None:
-    """GSPO's ratio is a mean over tokens and stays closer to 1 than a single token's; two losses have no clip."""
+    """GSPO's ratio, a geometric mean over tokens, stays closer to 1 than a single token's; two losses have no clip."""
     return {"gspo": 0.04, "reinforce": None, "seq": None}.get(loss, 0.2)
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
     clip_eps: a number, or (low, high); inf means no clip; None means 0.04 for gspo and 0.2 for the others.
     max_length: the constant length L of reinforce, dr_grpo, grpo_sym and seq; None means T.
     Raises ValueError naming an unknown loss, a wrong shape or dtype, or a clip_eps or max_length out of range.
+    Sources: grpo arXiv:2402.03300, dr_grpo 2503.20783, dapo 2503.14476, cispo 2506.13585, gspo 2507.18071; grpo_sym
+    ("GRPO-fix") and seq, the paper's section 4; reinforce, Williams 1992.
     """
     require(loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     mask = checked_mask(advantages, mask, logprobs=logprobs, old_logprobs=old_logprobs)
@@ -257,25 +260,25 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
     log_r = (logprobs - old_logprobs).detach().masked_fill(~mask, 0.0)  # (B,G,T)
     r = log_r.exp()  # the token's importance ratio
     log_R = log_r.sum(dim=-1, keepdim=True)  # (B,G,1) the whole completion's
-    largest = 0.8 * math.log(torch.finfo(r.dtype).max)  # far past any real ratio; a product beyond it would be inf
+    largest = 0.8 * math.log(torch.finfo(r.dtype).max)  # 71 in float32: past any real ratio, and safe to sum afterwards
     A = advantages[..., None]  # (B,G,1); only its sign matters here
     n = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B,G,1) scored tokens of each trajectory
     L = mask.shape[-1] if max_length is None else max_length
     BG, M = mask.shape[0] * mask.shape[1], mask.sum().clamp(min=1)  # trajectories and scored tokens in the batch
 
-    def keep(x):
+    def clipped(x):
         """The PPO clip: 0 where the ratio has already moved past the clip in the direction that Â asks for."""
-        return ~((A > 0) & (x > 1 + high) | (A < 0) & (x < 1 - low))
+        return x.masked_fill((A > 0) & (x > 1 + high) | (A < 0) & (x < 1 - low), 0.0)
 
-    match loss:                                                           # at a token shared by all:
-        case "reinforce": w = torch.ones_like(r) / L                      # cancels: w is one constant
-        case "grpo":      w = r * keep(r) / n                             # broken where a clip bites, and by 1/n
-        case "dr_grpo":   w = r * keep(r) / L                             # broken where a clip bites: keep asks for Â
-        case "dapo":      w = r * keep(r) * BG / M                        # broken where a clip bites
-        case "grpo_sym":  w = r * ((1 - low <= r) & (r <= 1 + high)) / L  # cancels: the clip ignores Â ("GRPO-fix")
-        case "cispo":     w = r.clamp(max=1 + high) * BG / M              # cancels
-        case "gspo":      w = (s := (log_R / n).exp()) * keep(s) / n      # broken: s, its clip, n differ by trajectory
-        case "seq":       w = log_R.clamp(max=largest).exp() / L          # broken by other tokens' ratios (section 4)
+    match loss:                                                      # at a token shared by all:
+        case "reinforce": w = torch.ones_like(r) / L                 # cancels: w is one constant
+        case "grpo":      w = clipped(r) / n                         # broken by 1/n, and where a clip bites
+        case "dr_grpo":   w = clipped(r) / L                         # broken where a clip bites: it looks at Â's sign
+        case "dapo":      w = clipped(r) * BG / M                    # broken where a clip bites
+        case "grpo_sym":  w = r.masked_fill((r < 1 - low) | (r > 1 + high), 0.0) / L  # cancels: the clip ignores Â
+        case "cispo":     w = r.clamp(max=1 + high) * BG / M         # cancels
+        case "gspo":      w = clipped((log_R / n).exp()) / n         # broken: ratio, clip and n differ by trajectory
+        case "seq":       w = log_R.clamp(max=largest).exp() / L     # broken by the other tokens' ratios (section 4)
     return w.expand_as(r).masked_fill(~mask, 0.0)
 
 # ---- 6. Transforms: make the weights cancel at shared tokens --------------------------------------------------------
@@ -290,9 +293,10 @@ def transform_weights(weights, advantages, mask, kind):
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. Where ‖Â‖ = 0 over
     the alive, orth returns w. A lone survivor keeps its weight under min and gets 0 under orth. Both are meant for
     weights without gradient: with one, the transform itself couples the trajectories again. Two consequences:
-    - the min of *clipped* weights is 0 as soon as one trajectory is clipped, so Min-Replace on gspo is also a trust
-      region for the whole group; the `control` experiment tells this apart from the cancellation;
-    - on-policy and with equal lengths all weights are equal, and off, min and orth (Âᵀ1 = 0) are the same.
+    - the min of *clipped* weights is 0 as soon as one trajectory is clipped, so Min-Replace on gspo also stops the
+      whole group (a trust region: no step once the policy has moved too far), which needs no shared token to act;
+    - at the first inner step ("on-policy") and with equal lengths all weights are equal, and off, min and orth
+      (Âᵀ1 = 0) are the same.
     Raises ValueError naming an unknown kind or a wrong shape.
     """
     require(kind in TRANSFORMS, f"transform must be one of {', '.join(TRANSFORMS)}; got {kind!r}")
@@ -385,7 +389,7 @@ def collect(policy, task: Task, config: Config, generator) -> Rollout:
     return Rollout(prompts, *sample, torch.tensor(rewards))
 
 def update(policy, reference, optimizer, config: Config, rollout: Rollout) -> dict:
-    """`inner_steps` full-batch gradient steps on one rollout; returns what was seen, as means over those steps.
+    """`inner_steps` full-batch gradient steps on one rollout; returns means over them (token entropy: of the first).
 
     Raises FloatingPointError naming the inner step and a quantity that is not finite, or a first ratio that is not 1.
     """
@@ -503,7 +507,7 @@ def stopwatch(seconds: Counter, phase: str):
     seconds[phase] += time.perf_counter() - began
 
 def train(config: Config, seed: int, report=lambda row: None) -> dict:
-    """Warm start, then `steps` rollouts with an update on each; about 40 evaluations, each passed to `report`.
+    """Warm start, then `steps` rollouts with an update on each; 40 to 80 evaluations, each passed to `report`.
 
     Returns {"curves", "final", "examples", "samples", "timing"}, ready for JSON. Raises FloatingPointError naming the
     rollout and the quantity where training diverges.
@@ -569,6 +573,8 @@ def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
 
 # ---- 12. Many runs, in processes ------------------------------------------------------------------------------------
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def worker(connection) -> None:
     """Train the (config, seed) pairs that the parent sends, until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
@@ -596,10 +602,13 @@ def show_progress(name: str, bar: tqdm, row: dict) -> None:
 def start_worker(context, processes: list):
     """Start a worker, put it on the list, and return our end of its pipe."""
     ours, theirs = context.Pipe()
-    processes.append(context.Process(target=worker, args=(theirs,), daemon=True))
-    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a worker that still imports ignores it too
-    processes[-1].start()
-    signal.signal(signal.SIGINT, ctrl_c)
+    process = context.Process(target=worker, args=(theirs,), daemon=True)
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by a worker that still imports (not on Windows)
+    try:
+        process.start()
+        processes.append(process)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     theirs.close()  # so that a dead worker reads as the end of the file
     return ours
 
@@ -621,23 +630,21 @@ def train_all(units: list, save) -> list[str]:
             busy[connection] = label, seed, slot, bar
 
     try:
-        for slot in range(min(len(units), os.cpu_count() or 1)):
+        for slot in range(min(len(units), CORES)):
             give_work(start_worker(context, processes), slot)
         while busy:
             for connection in wait(list(busy)):
                 label, seed, slot, bar = busy[connection]
+                name = f"{label}, seed {seed}"
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    raise ChildProcessError(f"the process that trained {label}, seed {seed} died; "
-                                            "the same command continues from what is finished") from None
+                    raise ChildProcessError(f"the process that trained {name} died; "
+                                            "the same command continues with what is missing") from None
                 if kind == "row":
-                    show_progress(f"{label}, seed {seed}", bar, value)
+                    show_progress(name, bar, value)
                     continue
-                if kind == "done":
-                    save(label, seed, value)
-                else:
-                    diverged.append(f"{label}, seed {seed} diverged: {value}")
+                save(label, seed, value) if kind == "done" else diverged.append(f"{name} diverged: {value}")
                 bar.close()
                 del busy[connection]
                 give_work(connection, slot)
@@ -673,13 +680,13 @@ def write_json(path: Path, data: dict) -> None:
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(data, allow_nan=False) + "\n"))
 
 def kept_run(path: Path) -> dict | None:
-    """A run that was finished earlier, or None; a file that is something else is named and trained again."""
+    """A run that was finished earlier, or None; a file that is something else is named and ignored."""
     if path.exists():
         with contextlib.suppress(ValueError, AttributeError):
             run = json.loads(path.read_text())
             if {"curves", "final", "examples", "samples", "timing"} <= run.keys():
                 return run
-        print(f"{path} is not a finished run: it is trained again", file=sys.stderr)
+        print(f"{path} is not a finished run: it is ignored", file=sys.stderr)
     return None
 
 def read_result(path: Path) -> dict:
@@ -689,7 +696,8 @@ def read_result(path: Path) -> dict:
         whole = [len(arm["seeds"]) == len(arm["final"][m]) == len(arm["curves"][m])
                  and {len(row) for row in arm["curves"][m]} == {len(arm["curves"]["step"])}
                  for arm in result["arms"].values() for m in MEASURES]
-        if result["experiment"] == path.stem and whole and all(whole):
+        known = {label.split()[0] for label in result["arms"]} <= ARMS.keys() and {"command", "config"} <= result.keys()
+        if result["experiment"] == path.stem and known and whole and all(whole):
             return result
     raise ValueError(f"{path} is not a whole result of this program; make it again with: "
                      f"python tokrl.py --experiment {path.stem} --out {path.parent}")
@@ -726,7 +734,7 @@ def run_experiment(name: str, base: Config, arms: dict, beside: dict, seeds: lis
     paths = {(label, seed): kept_path(out, config, seed) for label, config in everything.items() for seed in seeds}
     runs = {unit: run for unit, path in paths.items() if not (fresh and unit[0] in arms) and (run := kept_run(path))}
     waiting = [(label, config, seed) for seed in seeds for label, config in arms.items() if (label, seed) not in runs]
-    seconds = sum(c.steps + c.adapt for _, c, _ in waiting) / 13 / max(1, min(len(waiting), os.cpu_count() or 1))
+    seconds = sum(c.steps + c.adapt for _, c, _ in waiting) / 13 / max(1, min(len(waiting), CORES))
     print(f"{name}: {len(waiting)} of {len(arms) * len(seeds)} runs to train, about {math.ceil(seconds / 60)} min "
           "at 13 rollouts a second in each process", file=sys.stderr, flush=True)
 
@@ -859,6 +867,9 @@ def draw_curves(figure, result: dict) -> None:
             ends[label] = rows.mean(0)[-1]
         top = 1.03 if measure in ("accuracy", "solution_entropy") else axes.get_ylim()[1]
         axes.set(title=title, ylabel=unit, xlabel="rollouts", xlim=(0, steps[-1]), ylim=(0, top))
+        if np.isnan(list(ends.values())).all():
+            axes.text(0.5, 0.5, "one right answer:\nnot defined", transform=axes.transAxes, ha="center", color="0.35")
+            continue
         order, gap = sorted(ends, key=ends.get), top * (0.07 if i < 3 else 0.22)
         places = [ends[order[0]]]  # direct labels at the line ends, pushed apart and centred on the lines
         for label in order[1:]:
@@ -973,7 +984,8 @@ def arms_from(given: dict) -> tuple[str, Config, dict, dict]:
 def plot_all(out: Path, names) -> int:
     """Redraw every result in `out` and print its table; returns 2 if one is not whole. ValueError if there is none."""
     paths, status = [path for name in names if (path := out / f"{name}.json").exists()], 0
-    require(bool(paths), f"no results in {out} to plot; make one with: python tokrl.py --out {out}")
+    flag = f" --experiment {names[0]}" if len(names) == 1 else ""
+    require(bool(paths), f"no results in {out} for --plot{flag}; make one with: python tokrl.py{flag} --out {out}")
     for path in paths:
         try:
             result = read_result(path)
@@ -992,6 +1004,7 @@ def run(given: dict, command: str) -> int:
         require(not extra, f"--plot trains nothing; leave out --{', --'.join(extra).replace('_', '-')}")
         return plot_all(out, [given["experiment"]] if "experiment" in given else EXPERIMENTS)
     name, base, arms, beside = arms_from(given)
+    require(name != "frontier" or base.task != "add", "experiment frontier needs several right answers; --task add has one")
     (out / ".cache").mkdir(parents=True, exist_ok=True)
     result, runs, diverged = run_experiment(name, base, arms, beside, seeds, out, given.get("fresh", False))
     for message in diverged:
@@ -1008,6 +1021,9 @@ def run(given: dict, command: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status: 0, 1 where a run failed, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # a console without "−" shows "?" instead of ending the program
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return run(vars(parser().parse_args(argv)), shlex.join(["python", "tokrl.py", *argv]))
     except SystemExit as stop:  # argparse has said why
@@ -1016,7 +1032,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tokrl.py: {error}", file=sys.stderr)
         return 1 if isinstance(error, ChildProcessError) else 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command continues from what is finished.", file=sys.stderr)
+        print("\nStopped. The same command (without --fresh) continues with what is missing.", file=sys.stderr)
         return 130
 
 if __name__ == "__main__":

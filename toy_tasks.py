@@ -70,11 +70,12 @@ class Task:
         solution = rng.choice(self.solutions(prompt))
         if rng.random() < 0.5:
             return solution
-        while True:
+        for _ in range(1000):
             opening, equals, _ = solution.rpartition("=")
             wrong_answer = rng.choice(self.table[rng.choice(self.prompts())]).rpartition("=")[2]
             if not self.reward(prompt, opening + equals + wrong_answer):
                 return opening + equals + wrong_answer
+        raise ValueError(f"task {self.name!r} has no wrong answer for {prompt!r}: its prompts need different answers")
 
 
 def commute() -> Task:
