@@ -24,8 +24,8 @@ Where this program departs from the paper:
     are nearly certain; in a toy such tokens would have no gradient to look at.
  3. The transforms act position by position, over the trajectories that have not ended there.
  4. The baseline is GSPO (one ratio per completion) as people run it, clipped. The paper's own method, DFPO, is
-    transformed weights without a clip: the arm `on` of --clip-eps inf (mean of the log-ratios) or of --loss seq (their sum); our
-    sources leave open which.
+    transformed weights without a clip: the arm `on` of --clip-eps inf (mean of the log-ratios) or of --loss seq (their
+    sum); our sources leave open which.
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
  6. Only w differs between the losses. All share the advantages of chapter 4 (Dr. GRPO has no division by the standard
     deviation), one symmetric clip (DAPO's is asymmetric) and a limit on the gradient's norm.
@@ -237,6 +237,8 @@ def checked_mask(advantages, mask, **tensors):
 # effective weight w_{i,t} gathers the importance ratio, the clip and the length normalisation, and is all that differs.
 # At a token that the group shares, log π is one and the same number for all i, so its push is ∝ Σ_i Â_i w_{i,t}: it
 # cancels (Eq. 2) where that sum is 0, which equal weights guarantee because Σ_i Â_i = 0.
+# Sources: grpo arXiv:2402.03300, dr_grpo 2503.20783, dapo 2503.14476, cispo 2506.13585, gspo 2507.18071; reinforce,
+# Williams 1992 with the group's mean as baseline; grpo_sym ("GRPO-fix") and seq, the paper's section 4.
 
 def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=None, max_length=None):
     """The weight w_{i,t} of every token under `loss`, one of LOSSES: exactly 0 off the mask, and without gradient.
@@ -245,8 +247,6 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
     clip_eps: a number, or (low, high); inf means no clip; None means 0.04 for gspo and 0.2 for the others.
     max_length: the constant length L of reinforce, dr_grpo, grpo_sym and seq; None means T.
     Raises ValueError naming an unknown loss, a wrong shape or dtype, or a clip_eps or max_length out of range.
-    Sources: grpo arXiv:2402.03300, dr_grpo 2503.20783, dapo 2503.14476, cispo 2506.13585, gspo 2507.18071; grpo_sym
-    ("GRPO-fix") and seq, the paper's section 4; reinforce, Williams 1992.
     """
     require(loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     mask = checked_mask(advantages, mask, logprobs=logprobs, old_logprobs=old_logprobs)
@@ -1004,7 +1004,7 @@ def run(given: dict, command: str) -> int:
         require(not extra, f"--plot trains nothing; leave out --{', --'.join(extra).replace('_', '-')}")
         return plot_all(out, [given["experiment"]] if "experiment" in given else EXPERIMENTS)
     name, base, arms, beside = arms_from(given)
-    require(name != "frontier" or base.task != "add", "experiment frontier needs several right answers; --task add has one")
+    require(name != "frontier" or base.task != "add", "experiment frontier needs a task of several right answers")
     (out / ".cache").mkdir(parents=True, exist_ok=True)
     result, runs, diverged = run_experiment(name, base, arms, beside, seeds, out, given.get("fresh", False))
     for message in diverged:
