@@ -1028,9 +1028,13 @@ def main(argv: list[str] | None = None) -> int:
         return run(vars(parser().parse_args(argv)), shlex.join(["python", "tokrl.py", *argv]))
     except SystemExit as stop:  # argparse has said why
         return stop.code
-    except (ValueError, OSError) as error:
+    except ChildProcessError as error:
         print(f"tokrl.py: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ChildProcessError) else 2
+        return 1
+    except (ValueError, OSError) as error:
+        hint = "; --out needs a folder that can be written, with space left" if isinstance(error, OSError) else ""
+        print(f"tokrl.py: {error}{hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nStopped. The same command (without --fresh) continues with what is missing.", file=sys.stderr)
         return 130
