@@ -1513,6 +1513,20 @@ def test_readme_prose_repeats_the_recorded_numbers():
     said("1.1 to 1.8 times", min(ratios), max(ratios))
     score = {word: np.mean(final["frontier"][f"{word} lr=0.0003"]["accuracy"]) for word in ("off", "orth")}
     said("0.12 lower", score["off"] - score["orth"])
+    losses = {
+        label: {m: np.array(v) for m, v in arm.items() if None not in v} for label, arm in final["losses"].items()
+    }
+    drift = lambda label: losses[label]["solution_drift"]
+    said("0.75 nats, not 2.14", drift("off gspo unclipped").mean(), drift("off gspo").mean())
+    said("−0.02, −0.10 to 0.06", *tokrl.bootstrap(drift("off gspo unclipped"), drift("on gspo unclipped")))
+    said("1.03 against 0.64", drift("off seq").mean(), drift("on seq").mean())
+    gap = {loss: abs((drift(f"off {loss}") - drift(f"on {loss}")).mean()) for loss in LOSSES}
+    said("0.02 in drift", max(gap[loss] for loss in ("reinforce", "dr_grpo", "dapo", "grpo_sym", "cispo")))
+    said("by 0.09", gap["grpo"])
+    seconds = FIGURES["failure-modes"]["timing"]["off"]
+    phases = [seconds[phase] for phase in ("update", "warm start", "sampling", "exact measures")]
+    for text, share in zip(("72% is the update", "12% the warm start", "9% sampling", "7% the exact measures"), phases):
+        assert text in " ".join(README.split()) and abs(float(text.split("%")[0]) - 100 * share / sum(phases)) < 0.51
     said("18%", 100 * enumerated_bias("seq", "min", True))
     said("8%", 100 * enumerated_bias("seq", "orth", True))
     difference, low, high = prediction_difference("rollouts to accuracy 0.9")
