@@ -1573,6 +1573,37 @@ def test_every_test_selection_of_the_readme_selects_something():
         assert any(eval(test, {"name": name}) for name in names), selection
 
 
+PLANTED = {  # exercise's selection -> a line of tokrl.py and a wrong one in its place
+    "advantages_by_hand": (
+        "advantages = rewards - rewards.mean(dim=1, keepdim=True)",
+        "advantages = rewards - rewards.mean()",
+    ),
+    "weights_by_hand and gspo": ("clipped((log_R / n).exp()) / n", "clipped((log_R / mask.shape[-1]).exp()) / n"),
+    "transforms_by_hand or eq17": (
+        "weights.masked_fill(~alive, math.inf).amin",
+        "weights.masked_fill(~alive, 0.0).amin",
+    ),
+    "sampler or samples or group_of_one": ("if t == fork:", "if t == fork + 1:"),
+    "measures_by_brute_force": ("q = logp.log_softmax(1)", "q = logp"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", PLANTED)
+def test_an_exercises_check_notices_a_wrong_solution(selection, tmp_path):
+    right, wrong = PLANTED[selection]
+    assert f"pytest -k {selection}`" in README or f'pytest -k "{selection}"`' in README
+    source = (HERE / "tokrl.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    for name in ("toy_tasks.py", "test_tokrl.py", "README.md", ".pytest.ini"):
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns(".cache"))
+    (tmp_path / "tokrl.py").write_text(source.replace(right, wrong), encoding="utf-8")
+    check = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selection]
+    result = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1 and "1 failed" in result.stdout
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for a console without ρ or −
     for audit, *arguments in AUDIT:
