@@ -1312,9 +1312,8 @@ def test_killed_and_given_again_ends_with_the_same_bits(both_arms, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="ps --ppid and /proc")
 def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     def workers(process):
-        children = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-        ).stdout
+        command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)]
+        children = subprocess.run(command, capture_output=True, text=True).stdout
         return [int(line.split()[0]) for line in children.splitlines() if "spawn_main" in line]
 
     def gone(pids):
@@ -1329,7 +1328,8 @@ def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
 
     def started(*line):
         process = start(*line, "--out", tmp_path)
-        while len(workers(process)) < min(2, os.cpu_count()):
+        while len(workers(process)) < min(2, tokrl.CORES):
+            assert process.poll() is None, "the program ended before its workers were seen"
             time.sleep(0.05)
         return process, workers(process)
 
