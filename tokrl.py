@@ -313,7 +313,7 @@ def transform_weights(weights, advantages, mask, kind):
 # ---- 7. The loss ----------------------------------------------------------------------------------------------------
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss="gspo", transform="off", clip_eps=None, max_length=None):
-    """−(1/BG) Σ_{i,t} Â_i sg[w̃_{i,t}] log π(a_{i,t} | h_{i,t}): a scalar with the gradient of `loss` under `transform`.
+    """−(1/BG) Σ_{i,t} Â_i sg[w̃_{i,t}] log π(a_{i,t} | h_{i,t}): a scalar with the gradient of `loss` and `transform`.
 
     The gradient is the point, not the value, which is not the published objective's. A trajectory whose mask is all
     zero adds nothing and still counts in BG. Shapes, units and errors as in effective_weights and transform_weights.
@@ -933,6 +933,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
     def error(self, message):
+        """One line without the usage, exit status 2."""
         self.exit(2, f"tokrl.py: {message}\n")
 
 def seeds_from(text: str) -> list[int]:
