@@ -1453,19 +1453,24 @@ def test_the_recorded_runs_show_what_is_claimed():
     assert max(final("on", "residual") + final("orth", "residual")) < 1e-6 < min(final("off", "residual"))
 
 
-def test_readme_prose_repeats_the_recorded_numbers():
-    """The numbers of "What the toy shows, and what it does not", each beside the words that stand there."""
-    prose = " ".join(README[README.index("## What the toy shows") : README.index("## The paper's statements")].split())
-    final = {name: {label: arm["final"] for label, arm in FIGURES[name]["arms"].items()} for name in FIGURES}
+# The numbers of "What the toy shows, and what it does not", each beside the words that stand there
+PROSE = " ".join(README[README.index("## What the toy shows") : README.index("## The paper's statements")].split())
+FINAL = {name: {label: arm["final"] for label, arm in FIGURES[name]["arms"].items()} for name in FIGURES}
 
-    def said(text, *recorded):
-        assert text in prose, text
-        for number, value in zip(re.findall(r"[−-]?\d+(?:\.\d+)?", text), recorded, strict=True):
-            decimals = len(number.partition(".")[2])
-            assert abs(float(number.replace("−", "-")) - value) <= 0.501 * 10**-decimals, (text, value)
+
+def said(text, *values):
+    """The README says `text`, and its numbers are `values`, rounded."""
+    assert text in PROSE, text
+    for number, value in zip(re.findall(r"[−-]?\d+(?:\.\d+)?", text), values, strict=True):
+        decimals = len(number.partition(".")[2])
+        assert abs(float(number.replace("−", "-")) - value) <= 0.501 * 10**-decimals, (text, value)
+
+
+def test_readme_prose_on_failure_modes():
+    arms = FINAL["failure-modes"]
 
     def ratio(measure, on="on"):
-        off, on = (final["failure-modes"][label][measure] for label in ("off", on))
+        off, on = arms["off"][measure], arms[on][measure]
         if measure == "solution_entropy":
             off, on = [1 - h for h in off], [1 - h for h in on]
         return tokrl.bootstrap(off, on, np.divide)
@@ -1477,8 +1482,14 @@ def test_readme_prose_repeats_the_recorded_numbers():
     said("2.2 times", ratio("learning_tax")[0])
     said("1.8 to 2.7", *ratio("learning_tax")[1:])
     said("1.00, 0.83 to 1.23", *ratio("learning_tax", "orth"))
-    accuracy = (final["failure-modes"][label]["accuracy"] for label in ("off", "on"))
-    said("0.01 (−0.00 to 0.02)", *tokrl.bootstrap(*accuracy))
+    said("0.01 (−0.00 to 0.02)", *tokrl.bootstrap(arms["off"]["accuracy"], arms["on"]["accuracy"]))
+    difference, low, high = prediction_difference("rollouts to accuracy 0.9")
+    said("22 rollouts (16 to 29", -difference, -high, -low)
+    said("18%", 100 * enumerated_bias("seq", "min", True))
+    said("8%", 100 * enumerated_bias("seq", "orth", True))
+
+
+def test_readme_prose_on_adapt_and_group_size():
     back = tokrl.columns_of(FIGURES["adapt"])["rollouts to accuracy 0.9"]
     said(
         "88 rollouts against 41 (difference 46, 29 to 64)",
@@ -1494,29 +1505,32 @@ def test_readme_prose_repeats_the_recorded_numbers():
     )
     said("medians are 35 and 30", np.median(back["off kl=0.02"]), np.median(back["on kl=0.02"]))
     assert all(a > b for a, b in zip(back["off kl=0"], back["on kl=0"]))  # "every `off` seed needs longer"
-    size = final["group-size"]
+    size = FINAL["group-size"]
     drift = [
         np.subtract(*(np.mean(size[f"{word} G={g}"]["solution_drift"]) for word in ("off", "on")))
         for g in (2, 4, 8, 16)
     ]
     said("0.60, 1.19, 1.78 and 2.48", *drift)
     said("0.03 lower (0.01 to 0.04)", *tokrl.bootstrap(size["off G=16"]["accuracy"], size["on G=16"]["accuracy"]))
-    entropy = {label: np.mean(arm["solution_entropy"]) for label, arm in final["control"].items()}
+
+
+def test_readme_prose_on_control_and_frontier():
+    entropy = {label: np.mean(arm["solution_entropy"]) for label, arm in FINAL["control"].items()}
     said("0.38 against 0.56", entropy["orth"], entropy["off"])
     said("0.73 against 0.56", entropy["on"], entropy["off"])
-    slow, usual = (np.mean(final["frontier"][f"off lr={lr}"]["accuracy"]) for lr in ("3e-05", "0.0001"))
+    slow, usual = (np.mean(FINAL["frontier"][f"off lr={lr}"]["accuracy"]) for lr in ("3e-05", "0.0001"))
     said("0.91, not 0.95", slow, usual)
     at_09 = tokrl.columns_of(FIGURES["frontier"])["drift at accuracy 0.9"]["off lr=3e-05"]
     said("0.54", np.mean([drift for drift in at_09 if drift is not None]))
-    tax = {label: np.mean(arm["learning_tax"]) for label, arm in final["frontier"].items()}
+    tax = {label: np.mean(arm["learning_tax"]) for label, arm in FINAL["frontier"].items()}
     ratios = [tax[f"off lr={lr}"] / tax[f"on lr={lr}"] for lr in ("3e-05", "6e-05", "0.0003")]
     said("1.1 to 1.8 times", min(ratios), max(ratios))
-    score = {word: np.mean(final["frontier"][f"{word} lr=0.0003"]["accuracy"]) for word in ("off", "orth")}
+    score = {word: np.mean(FINAL["frontier"][f"{word} lr=0.0003"]["accuracy"]) for word in ("off", "orth")}
     said("0.12 lower", score["off"] - score["orth"])
-    losses = {
-        label: {m: np.array(v) for m, v in arm.items() if None not in v} for label, arm in final["losses"].items()
-    }
-    drift = lambda label: losses[label]["solution_drift"]
+
+
+def test_readme_prose_on_losses_and_time():
+    drift = lambda label: np.array(FINAL["losses"][label]["solution_drift"])
     said("0.75 nats, not 2.14", drift("off gspo unclipped").mean(), drift("off gspo").mean())
     said("−0.02, −0.10 to 0.06", *tokrl.bootstrap(drift("off gspo unclipped"), drift("on gspo unclipped")))
     said("1.03 against 0.64", drift("off seq").mean(), drift("on seq").mean())
@@ -1527,10 +1541,6 @@ def test_readme_prose_repeats_the_recorded_numbers():
     phases = [seconds[phase] for phase in ("update", "warm start", "sampling", "exact measures")]
     for text, share in zip(("72% is the update", "12% the warm start", "9% sampling", "7% the exact measures"), phases):
         assert text in " ".join(README.split()) and abs(float(text.split("%")[0]) - 100 * share / sum(phases)) < 0.51
-    said("18%", 100 * enumerated_bias("seq", "min", True))
-    said("8%", 100 * enumerated_bias("seq", "orth", True))
-    difference, low, high = prediction_difference("rollouts to accuracy 0.9")
-    said("22 rollouts (16 to 29", -difference, -high, -low)
 
 
 def test_every_name_of_the_maps_exists():

@@ -65,7 +65,8 @@ class Task:
     def demonstration(self, prompt: str, rng: random.Random) -> str:
         """A solution drawn uniformly; half of the time with the answer (all that follows '=') of another prompt.
 
-        This stands in for the data of a base model that has seen the form of the task but not mastered it.
+        This stands in for the data of a base model that has seen the form of the task but not mastered it. Raises
+        ValueError where no other prompt has another answer.
         """
         solution = rng.choice(self.solutions(prompt))
         if rng.random() < 0.5:
