@@ -8,12 +8,14 @@ Each audit_* function returns (place, statement, measured, verdict); the test be
 included: a verdict is computed from what is measured, never written down beforehand.
 """
 
+import importlib
 import itertools
 import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1581,6 +1583,123 @@ def test_every_test_selection_of_the_readme_selects_something():
     for selection in (a or b for a, b in selections):
         test = re.sub(r"\b(?!and\b|or\b|not\b)(\w+)", r"('\1' in name)", selection)
         assert any(eval(test, {"name": name}) for name in names), selection
+
+
+# ---- The README's recipes for a real model: run where TRL is installed, skipped elsewhere ----------------------------
+
+
+def readme_script(name):
+    """The README's code block whose first line names the file."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    return next(block for block in blocks if block.startswith(f'"""{name}:'))
+
+
+@pytest.fixture
+def trl_toy(tmp_path, monkeypatch):
+    """The module trl_toy, both scripts taken out of the README."""
+    pytest.importorskip("trl")
+    for name in ("trl_trainer.py", "trl_toy.py"):
+        (tmp_path / name).write_text(readme_script(name), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("trl_trainer", "trl_toy"):
+        sys.modules.pop(name, None)
+    return importlib.import_module("trl_toy")
+
+
+SIX_STEPS = dict(max_steps=6, logging_strategy="steps", logging_steps=1, learning_rate=1e-3, max_grad_norm=1e9)
+IN_SLICES = dict(per_device_train_batch_size=16, gradient_accumulation_steps=4, steps_per_generation=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slices", [{}, IN_SLICES], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("loss", ["gspo", "grpo", "dr_grpo", "dapo"])
+def test_trl_recipe_makes_the_update_of_trl_itself(trl_toy, loss, slices):
+    """Six steps over two rollouts, weights in float64 (TRL scores in float32): gradient norms agree to six digits."""
+    level = "sequence" if loss == "gspo" else "token"
+    trls = dict(loss_type="grpo" if loss == "gspo" else loss, importance_sampling_level=level)
+    logs = {}
+    for arm in ("stock", "off"):
+        arguments = SIX_STEPS | slices | trls | {"epsilon": 0.04 if loss == "gspo" else 0.2}
+        trainer = trl_toy.toy_trainer(trl_toy.warm_model(100, steps=40).double(), arm, loss=loss, **arguments)
+        trainer.train()
+        logs[arm] = [log for log in trainer.state.log_history if "grad_norm" in log]
+    norms = [[log["grad_norm"] for log in logs[arm]] for arm in logs]
+    assert len(norms[0]) == 6 and norms[1] == pytest.approx(norms[0], rel=1e-6)
+    assert sum(log["clip_ratio/region_mean"] > 0 for log in logs["stock"]) >= 3
+
+
+FIXED_COMPLETIONS = """
+import os, random, sys
+import torch
+from toy_tasks import EOS, decode, encode
+from trl_toy import TASK, TokenTransformTrainer, toy_trainer, warm_model
+
+class Fixed(TokenTransformTrainer):
+    def _generate_single_turn(self, prompt_ids, *_, **__):
+        first = self.accelerator.process_index * len(prompt_ids)
+        rngs = (random.Random(f"{self.state.global_step} {first + i}") for i in range(len(prompt_ids)))
+        return [encode(TASK.demonstration(decode(p), rng)) + [EOS] for p, rng in zip(prompt_ids, rngs)], None
+
+torch.set_num_threads(1)
+slices, saved = int(sys.argv[1]), {}
+rows = 40 // int(os.environ.get("WORLD_SIZE", 1)) // slices  # of 5 groups, one lies on both processes
+for transform in ("min", "orth"):
+    model = warm_model(100, steps=40)
+    trainer = toy_trainer(model, transform, trainer=Fixed, per_device_train_batch_size=rows, epsilon=0.1, max_steps=6,
+                          gradient_accumulation_steps=slices, steps_per_generation=slices, optim="sgd",
+                          learning_rate=0.1, max_grad_norm=100.0)
+    trainer.train()
+    saved[transform] = [p.detach() for p in model.parameters()], trainer.accelerator.num_processes
+if trainer.accelerator.is_main_process:
+    torch.save(saved, sys.argv[2])
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slices", [1, 5])
+def test_trl_recipe_on_two_processes_is_the_one_of_one(trl_toy, tmp_path, slices):
+    """Six steps, the third of five groups split across the processes: parameters agree to 1e-6."""
+    (tmp_path / "fixed.py").write_text(FIXED_COMPLETIONS, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command, name in (([sys.executable], "one.pt"), (two, "two.pt")):
+        command += ["fixed.py", str(slices), name]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    start = list(trl_toy.warm_model(100, steps=40).parameters())
+    for transform in ("min", "orth"):
+        assert (one[transform][1], two[transform][1]) == (1, 2)
+        moved = max((a - b).abs().max().item() for a, b in zip(one[transform][0], start))
+        apart = max((a - b).abs().max().item() for a, b in zip(one[transform][0], two[transform][0]))
+        assert moved > 0.01 and apart < 1e-6
+    assert any((a - b).abs().max() > 0.001 for a, b in zip(one["min"][0], one["orth"][0]))
+
+
+@pytest.mark.slow
+def test_trl_recipe_refuses_what_would_silently_do_nothing(trl_toy):
+    model = trl_toy.warm_model(100, steps=1)
+    for wrong in (
+        {"num_iterations": 1},
+        {"steps_per_generation": 2, "per_device_train_batch_size": 32},
+        {"top_entropy_quantile": 0.5},
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
+            trl_toy.toy_trainer(model, "min", **wrong)
+    trainer = trl_toy.toy_trainer(model, "min", max_steps=1)
+    scored = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: scored(inputs) | {"group_ids": torch.arange(64) // 7}
+    with pytest.raises(ValueError, match="^10 of 10 groups do not have 8 rows$"):
+        trainer.train()
+
+
+@pytest.mark.slow
+def test_trl_toy_trains_as_the_readme_says(trl_toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["trl_toy.py", "min", "100", str(tmp_path / "trl.json")])
+    runpy.run_path(str(tmp_path / "trl_toy.py"), run_name="__main__")
+    (row,) = json.loads((tmp_path / "trl.json").read_text())
+    assert (row["arm"], row["seed"]) == ("min", 100) and row["accuracy"] > 0.8
 
 
 PLANTED = {  # exercise's selection -> a line of tokrl.py and a wrong one in its place
