@@ -1422,7 +1422,8 @@ def test_bootstrap_and_table_by_hand():
 # ---- The README tells the truth -------------------------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text(encoding="utf-8")
-FIGURES = {p.stem: json.loads(p.read_text()) for p in sorted((HERE / "figures").glob("*.json"))}
+FIGURES = {name: json.loads((HERE / "figures" / f"{name}.json").read_text()) for name in tokrl.EXPERIMENTS}
+TRL_RESULTS = json.loads((HERE / "figures" / "trl.json").read_text())
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -1440,7 +1441,7 @@ def test_readme_shows_each_experiment_as_recorded(name):
 
 def test_figures_holds_every_experiment_and_nothing_else():
     names = {p.name for p in (HERE / "figures").iterdir()} - {".cache"}
-    assert names == {f"{name}.{kind}" for name in tokrl.EXPERIMENTS for kind in ("json", "png")}
+    assert names == {f"{name}.{kind}" for name in tokrl.EXPERIMENTS for kind in ("json", "png")} | {"trl.json"}
 
 
 def test_the_recorded_runs_show_what_is_claimed():
@@ -1545,10 +1546,31 @@ def test_readme_prose_on_losses_and_time():
         assert text in " ".join(README.split()) and abs(float(text.split("%")[0]) - 100 * share / sum(phases)) < 0.51
 
 
+def trl_column(arm, measure):
+    """One value per seed, of the runs that the README's trl_toy.py has written."""
+    assert [row["seed"] for row in TRL_RESULTS if row["arm"] == arm] == list(range(8))
+    return [row[measure] for row in TRL_RESULTS if row["arm"] == arm]
+
+
+def test_readme_trl_results():
+    measures = ("accuracy", "solution_entropy", "solution_drift")
+    for arm in ("stock", "off", "min", "orth"):
+        columns = [trl_column(arm, measure) for measure in measures]
+        cells = [f"{np.mean(column):.2f} ± {np.std(column, ddof=1):.2f}" for column in columns]
+        assert f"| `{arm}` | {' | '.join(cells)} |" in README, (arm, cells)
+    for arm in ("min", "orth"):
+        pairs = [tokrl.bootstrap(trl_column("off", measure), trl_column(arm, measure)) for measure in measures]
+        cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*pair) for pair in pairs]
+        assert f"| `off` − `{arm}` | {' | '.join(cells)} |" in README, (arm, cells)
+    apart = [abs(a - b) for m in measures for a, b in zip(trl_column("stock", m), trl_column("off", m))]
+    assert max(apart) < 1e-5
+
+
 def test_every_name_of_the_maps_exists():
     section = README[README.index("## The paper's statements") : README.index("## Evidence")]
     names = set(re.findall(r"`([\w./-]+)`", section)) - {"orth"} | set(re.findall(r"test_\w+", tokrl.__doc__))
-    names |= set(re.findall(r"`(\w+_\w+)`", README)) - {"dr_grpo", "grpo_sym"}
+    ours = README[: README.index("## On a real model")]  # past that come names of other libraries
+    names |= set(re.findall(r"`(\w+_\w+)`", ours)) - {"dr_grpo", "grpo_sym"} | set(re.findall(r"`(audit_\w+)`", README))
     assert len(names) > 30
     for name in names:
         if name.endswith((".png", ".py")):
@@ -1583,6 +1605,56 @@ def test_every_test_selection_of_the_readme_selects_something():
     for selection in (a or b for a, b in selections):
         test = re.sub(r"\b(?!and\b|or\b|not\b)(\w+)", r"('\1' in name)", selection)
         assert any(eval(test, {"name": name}) for name in names), selection
+
+
+# ---- Questions people ask -------------------------------------------------------------------------------------------
+
+
+def test_question_first_step():
+    """GRPO's published loss at the first inner step: the value is −mean Â = 0, the gradient is policy_loss's."""
+    rewards = tensor([[1, 0, 0, 0], [1, 1, 0, 1]])
+    advantages, mask = group_advantages(rewards), torch.ones(2, 4, 3, dtype=torch.bool)
+    old = -torch.rand(2, 4, 3, generator=named_generator(0, "question")).double()
+    logprobs = old.clone().requires_grad_()
+    published = -((logprobs - old).exp() * advantages[..., None]).mean(dim=2).mean()
+    (gradient,) = torch.autograd.grad(published, logprobs)
+    (ours,) = torch.autograd.grad(policy_loss(logprobs, old, advantages, mask, "grpo"), logprobs)
+    assert abs(published.item()) < 1e-15 and gradient.abs().min() > 0.01
+    assert torch.allclose(gradient, ours, atol=1e-15)
+
+
+def test_question_gspo_clip():
+    """Independent changes of 100 tokens: log s spreads √100 = 10 times less than a token's log r."""
+    log_r = 0.1 * torch.randn(64, 8, 100, generator=named_generator(0, "question"), dtype=torch.float64)
+    arguments = log_r, torch.zeros_like(log_r), torch.ones(64, 8).double(), torch.ones_like(log_r), math.inf
+    r, s = (n * effective_weights(loss, *arguments) for n, loss in ((100, "dr_grpo"), (100, "gspo")))
+    assert 8 < r.log().std() / s.log()[..., 0].std() < 12
+    assert (r > 1.2).any() and s.log().abs().max() < 0.05  # 0.2 clips tokens, and no completion
+
+
+def test_question_std():
+    """The push of a group, Σ|Â|: one right in eight against four right in eight."""
+    rewards = tensor([[1, 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]])
+    for normalize, by_hand in ((True, 4.95 / 7.48), (False, 1.75 / 4)):
+        one, four = group_advantages(rewards, normalize).abs().sum(dim=1).tolist()
+        assert one / four == pytest.approx(by_hand, abs=0.001)
+    assert "0.66 times" in README and "0.44 times" in README
+
+
+def test_question_k3():
+    """Over a vocabulary of 7: E k3 = KL(π ‖ ref), and E ∇k3 = ∇KL(ref ‖ π), which is not ∇KL(π ‖ ref)."""
+    generator = named_generator(0, "question")
+    logits, reference = (torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits.requires_grad_()
+    logp, logq = logits.log_softmax(0), reference.log_softmax(0)
+    k3 = (logq - logp).exp() - 1 - (logq - logp)
+    sampled = (logp.detach().exp() * k3).sum()  # expectation over samples of π, which carry no gradient
+    forwards, backwards = (logp.exp() * (logp - logq)).sum(), (logq.exp() * (logq - logp)).sum()
+    of_k3, of_kl, of_other = (
+        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (sampled, forwards, backwards)
+    )
+    assert torch.allclose(sampled, forwards) and (k3 >= 0).all()
+    assert torch.allclose(of_k3, of_other) and not torch.allclose(of_k3, of_kl, atol=0.01)
 
 
 # ---- The README's recipes for a real model: run where TRL is installed, skipped elsewhere ----------------------------
