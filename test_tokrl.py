@@ -711,6 +711,14 @@ def test_eq2(loss, verdict):
     assert audit_eq2(loss)[3] == verdict
 
 
+def test_own_losses_satisfy_eq2():
+    """What a reader adds to LOSSES (an exercise asks for a loss of which this is true)."""
+    published = {"reinforce", "grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo", "seq"}
+    assert published <= set(LOSSES)
+    for loss in set(LOSSES) - published:
+        assert audit_eq2(loss)[3] == "holds", loss
+
+
 @pytest.mark.parametrize("transform", ["min", "orth"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_eq2_holds_under_the_transforms(loss, transform):
@@ -1774,35 +1782,98 @@ def test_trl_toy_trains_as_the_readme_says(trl_toy, tmp_path, monkeypatch):
     assert (row["arm"], row["seed"]) == ("min", 100) and row["accuracy"] > 0.8
 
 
-PLANTED = {  # exercise's selection -> a line of tokrl.py and a wrong one in its place
-    "advantages_by_hand": (
-        "advantages = rewards - rewards.mean(dim=1, keepdim=True)",
-        "advantages = rewards - rewards.mean()",
+# ---- The exercises' checks notice what is missing and what is wrong --------------------------------------------------
+
+
+def own_loss(w):
+    """The edits by which a reader adds the loss "mine" whose weight is w."""
+    names, line = 'LOSSES = ("reinforce", ', '        case "gspo":      w = '
+    return (names, names + '"mine", '), (line, f'        case "mine":      {w}\n{line}')
+
+
+def own_task(arguments):
+    """The edit by which a reader adds the task "mine"."""
+    return ("chain(), add())", f'chain(), add(), Task("mine", {arguments}))')
+
+
+MIN = "weights.masked_fill(~alive, math.inf).amin(dim=1, keepdim=True).expand_as(weights)"
+ORTH = "(A * w).sum(dim=1, keepdim=True) / norm2.masked_fill(norm2 == 0, 1.0) * A"
+UNFINISHED = "raise NotImplementedError"
+EXERCISES = {  # number: check, then what a reader may leave or write: a stub and two wrong solutions
+    1: (
+        "advantages_by_hand",
+        ("advantages = rewards - rewards.mean(dim=1, keepdim=True)", UNFINISHED),
+        ("rewards - rewards.mean(dim=1, keepdim=True)", "rewards - rewards.mean()"),  # the mean of all groups
+        ("advantages.masked_fill(all_equal, 0.0)", "advantages"),  # rounding dust
     ),
-    "weights_by_hand and gspo": ("clipped((log_R / n).exp()) / n", "clipped((log_R / mask.shape[-1]).exp()) / n"),
-    "transforms_by_hand or eq17": (
-        "weights.masked_fill(~alive, math.inf).amin",
-        "weights.masked_fill(~alive, 0.0).amin",
+    2: (
+        "weights_by_hand and gspo",
+        ("w = clipped((log_R / n).exp()) / n ", UNFINISHED),
+        ("clipped((log_R / n).exp()) / n", "clipped((log_R / mask.shape[-1]).exp()) / n"),  # unscored tokens count
+        ("clipped((log_R / n).exp()) / n", "clipped((log_R / n).exp())"),  # the mean over tokens is missing
     ),
-    "sampler or samples or group_of_one": ("if t == fork:", "if t == fork + 1:"),
-    "measures_by_brute_force": ("q = logp.log_softmax(1)", "q = logp"),
+    3: (
+        "transforms_by_hand or eq17",
+        (f"w = {MIN}", UNFINISHED),
+        (MIN, MIN.replace("math.inf", "0.0")),  # the dead win
+        (MIN, MIN.replace("dim=1", "dim=(1, 2)")),  # over the positions too
+    ),
+    4: (
+        "transforms_by_hand or eq17",
+        (f"w = w - {ORTH}", UNFINISHED),
+        (".expand_as(weights).masked_fill(~alive, 0.0)\n        norm2", "\n        norm2"),  # the dead count
+        (ORTH, ORTH.replace("norm2.masked_fill(norm2 == 0, 1.0)", "(norm2 + 1e-3)")),  # not orthogonal any more
+    ),
+    5: (
+        "sampler or samples or group_of_one",
+        ("cache: dict = {}", UNFINISHED),
+        ("if t == fork:", "if t == fork + 1:"),  # one shared token too many
+        ("multinomial(distribution.exp(), 1", "multinomial(distribution.div(2).exp(), 1"),  # a temperature of 2
+    ),
+    6: (
+        "measures_by_brute_force",
+        ("q = logp.log_softmax(1)", UNFINISHED),
+        ("q = logp.log_softmax(1)", "q = logp"),  # not conditioned on being right
+        ("(-(q.exp() * q).sum(1) / n.to(q).log()).mean()", "-(q.exp() * q).sum(1).mean()"),  # in nats
+    ),
+    7: (
+        "own_losses or padding or gradient_is",
+        own_loss(UNFINISHED),
+        own_loss("w = clipped(r) / L"),  # a clip that looks at the sign
+        own_loss("w = r.clamp(1 - low, 1 + high) / n"),  # lengths
+    ),
+    8: (
+        "task or demonstrations or brute_force",
+        own_task("1, 4, {}"),
+        own_task('1, 2, {f"{a}=": (f"{a}0",) for a in range(9)}'),  # no room for EOS
+        own_task('1, 4, {f"{a}=": (f"{a}0",) for a in range(20)}'),  # prompts of two lengths
+    ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selection", PLANTED)
-def test_an_exercises_check_notices_a_wrong_solution(selection, tmp_path):
-    right, wrong = PLANTED[selection]
-    assert f"pytest -k {selection}`" in README or f'pytest -k "{selection}"`' in README
-    source = (HERE / "tokrl.py").read_text(encoding="utf-8")
-    assert source.count(right) == 1
-    for name in ("toy_tasks.py", "test_tokrl.py", "README.md", ".pytest.ini"):
-        shutil.copy(HERE / name, tmp_path)
-    shutil.copytree(HERE / "figures", tmp_path / "figures", ignore=shutil.ignore_patterns(".cache"))
-    (tmp_path / "tokrl.py").write_text(source.replace(right, wrong), encoding="utf-8")
-    check = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selection]
-    result = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and "1 failed" in result.stdout
+@pytest.mark.parametrize("number", EXERCISES)
+def test_an_exercises_check_fails_for_a_stub_and_for_wrong_solutions(number, tmp_path):
+    """With the shipped bodies each check passes: it is a part of this suite."""
+    selection, *attempts = EXERCISES[number]
+    quoted = selection if selection.isidentifier() else f'"{selection}"'
+    assert re.search(rf"^\| {number} \|.*`python -m pytest -k {quoted}`", README, re.M)
+    file, running = HERE / ("toy_tasks.py" if number == 8 else "tokrl.py"), []
+    for i, edits in enumerate(attempts):
+        folder, edited = tmp_path / str(i), file.read_text(encoding="utf-8")
+        folder.mkdir()
+        for name in ("tokrl.py", "toy_tasks.py", "test_tokrl.py", "README.md", ".pytest.ini"):
+            shutil.copy(HERE / name, folder)
+        shutil.copytree(HERE / "figures", folder / "figures", ignore=shutil.ignore_patterns(".cache"))
+        for there, written in edits if number == 7 else [edits]:
+            assert edited.count(there) == 1, there
+            edited = edited.replace(there, written)
+        (folder / file.name).write_text(edited, encoding="utf-8")
+        check = [sys.executable, "-m", "pytest", "-q", "-x", "-k", selection]
+        running.append(subprocess.Popen(check, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    for edits, process in zip(attempts, running):
+        output = process.communicate()[0]
+        assert process.returncode == 1 and "1 failed" in output, (edits, output[-2000:])
 
 
 if __name__ == "__main__":
