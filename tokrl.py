@@ -857,38 +857,25 @@ def draw(result: dict, path: Path) -> None:
 
 def draw_curves(figure, result: dict) -> None:
     """The three failure modes over training, accuracy below: mean over seeds, band from the lowest to the highest."""
-    grid = figure.add_gridspec(2, 3, height_ratios=(5, 2))
-    for i, (measure, (title, unit)) in enumerate(PANELS.items()):
-        axes, ends = figure.add_subplot(grid[0, i] if i < 3 else grid[1, :]), {}
+    for measure, axes in figure.subplot_mosaic([list(PANELS)[:3], ["accuracy"] * 3], height_ratios=(5, 2)).items():
         for label, arm in result["arms"].items():
             steps, rows = arm["curves"]["step"], np.array(arm["curves"][measure], dtype=float)  # None becomes nan
-            axes.plot(steps, rows.mean(0), STYLES[label], color=COLOURS[label], lw=2)
+            axes.plot(steps, rows.mean(0), STYLES[label], color=COLOURS[label], lw=2, label=label)
             axes.fill_between(steps, rows.min(0), rows.max(0), color=COLOURS[label], alpha=0.15, lw=0)
-            ends[label] = rows.mean(0)[-1]
-        top = 1.03 if measure in ("accuracy", "solution_entropy") else axes.get_ylim()[1]
+        (title, unit), top = PANELS[measure], 1.03 if measure in ("accuracy", "solution_entropy") else None
         axes.set(title=title, ylabel=unit, xlabel="rollouts", xlim=(0, steps[-1]), ylim=(0, top))
-        if np.isnan(list(ends.values())).all():
+        if np.isnan(rows).all():
             axes.text(0.5, 0.5, "one right answer:\nnot defined", transform=axes.transAxes, ha="center", color="0.35")
-            continue
-        order, gap = sorted(ends, key=ends.get), top * (0.07 if i < 3 else 0.22)
-        places = [ends[order[0]]]  # direct labels at the line ends, pushed apart and centred on the lines
-        for label in order[1:]:
-            places.append(max(places[-1] + gap, ends[label]))
-        lift = np.mean(places) - np.mean(list(ends.values()))
-        if max(ends.values()) - min(ends.values()) < gap / 4 and len(ends) > 1:  # one line on top of the other
-            order, places, lift = ["all"], [places[0]], 0.0
-        for label, place in zip(order, places):
-            where, colour = (1.02, place - lift), COLOURS.get(label, "0.35")
-            axes.annotate(label, where, xycoords=("axes fraction", "data"), color=colour, va="center")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
-    figure.supxlabel(f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}", fontsize=10, color="0.35")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False,
+                  title=f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}")
 
-def draw_interval(axes, x: list, y: list, colour: str) -> tuple[float, float]:
+def draw_interval(axes, x: list, y: list, colour: str, size: float = 6) -> tuple[float, float]:
     """A dot at the means of x and y (one value per seed), a line along each one's 95% interval; returns the means."""
     (x, *xs), (y, *ys) = (bootstrap(values, [0.0] * len(values)) for values in (x, y))
     axes.plot(xs, [y, y], [x, x], ys, color=colour, lw=2, alpha=0.6)
-    axes.plot([x], [y], "o", color=colour)
+    axes.plot([x], [y], "o", color=colour, ms=size)
     return x, y
 
 def draw_dots(figure, result: dict) -> None:
@@ -907,25 +894,20 @@ def draw_dots(figure, result: dict) -> None:
         axes.grid(axis="x", color="0.9")
 
 def draw_frontier(figure, result: dict) -> None:
-    """Errors against drift at the end of training, log scales: a curve per transform, a point per learning rate."""
+    """Accuracy against drift at the end of training: a curve per transform, a larger dot for a larger learning rate."""
     axes, curves = figure.subplots(), defaultdict(list)
-    place = {"off": ((7, 6), "left"), "on": ((-7, 5), "right"), "orth": ((9, -13), "left")}
     for label, arm in result["arms"].items():
-        word, rate = label.split(" lr=")
-        errors = [1 - accuracy for accuracy in arm["final"]["accuracy"]]
-        point = draw_interval(axes, errors, arm["final"]["solution_drift"], COLOURS[word])
-        where = dict(xytext=place[word][0], ha=place[word][1], textcoords="offset points",
-                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
-        axes.annotate(f"{float(rate):.0e}".replace("e-0", "e-"), point, **where, fontsize=9, color=COLOURS[word])
-        curves[word].append(point)
+        word, final = label.split()[0], arm["final"]
+        size = 5 + 3 * len(curves[word])
+        curves[word].append(draw_interval(axes, final["accuracy"], final["solution_drift"], COLOURS[word], size))
     for word, points in curves.items():
         axes.plot(*zip(*points), STYLES[word], color=COLOURS[word], lw=1.5, label=word)
-    axes.legend(title="transform", loc="lower right", frameon=False)
-    axes.set(xscale="log", xlabel="1 − accuracy (log scale)", xticks=(0.04, 0.06, 0.1, 0.2), yscale="log",
-             ylabel="solution drift (nats, log scale)", yticks=(0.3, 0.5, 1, 2, 4), title="Lower left is better")
+    rates = ", ".join(f"{rate:g}" for rate in sorted({arm["lr"] for arm in result["arms"].values()}))
+    axes.set(title="Lower right is better", xlabel="accuracy", ylabel="solution drift (nats, log scale)",
+             yscale="log", yticks=(0.3, 0.5, 1, 2, 4))
     axes.minorticks_off()
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    figure.legend(title=f"dots, small to large: learning rate {rates}", loc="outside upper right", ncols=3, frameon=False)
 
 # ---- 17. Command line -----------------------------------------------------------------------------------------------
 
