@@ -1298,10 +1298,8 @@ def test_a_kept_run_belongs_to_its_configuration_seed_and_code(tmp_path, monkeyp
         with open(tmp_path / name, "a") as file:
             file.write("# an edit\n")
         monkeypatch.setattr(tokrl, "__file__", str(tmp_path / "tokrl.py"))
-        tokrl.source_hash.cache_clear()
         assert path(Config(), 0) not in paths
     monkeypatch.undo()
-    tokrl.source_hash.cache_clear()
     assert path(Config(), 0) in paths
 
 
@@ -1347,15 +1345,13 @@ def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group, workers still importing included
     status, out, err = outcome(process)
     assert status == 130 and "continues with what is missing" in err and "Traceback" not in err and gone(pids)
-    process, pids = started()
+    process, pids = started("--steps", 20)
     os.kill(pids[0], signal.SIGKILL)
     status, out, err = outcome(process)
-    assert (
-        status == 1
-        and re.search(r"the process that trained (on|off), seed 0 died", err)
-        and "Traceback" not in err
-        and gone(pids)
-    )
+    (died,) = re.findall(r"tokrl.py: (on|off), seed 0: its process died; the same command continues", err)
+    assert status == 1 and "Traceback" not in err and gone(pids)
+    if tokrl.CORES > 1:  # the other arm finishes; a lone worker takes everything with it
+        assert list(results(tmp_path)["arms"]) == [{"on": "off", "off": "on"}[died]]
     process, pids = started()
     process.kill()
     process.communicate()

@@ -588,82 +588,70 @@ def worker(connection) -> None:
             except FloatingPointError as error:
                 connection.send(("diverged", str(error)))
 
-def show_progress(name: str, bar: tqdm, row: dict) -> None:
-    """Put one evaluation on the run's live bar; where there is no terminal, print a line per 50 rollouts."""
-    shown = [k for k in ("accuracy", "solution_entropy", "residual") if row.get(k) is not None]
-    text = ", ".join(f"{MEASURES[k]} {row[k]:.2f}" for k in shown)
-    if bar.disable and (row["step"] // 50 > bar.n // 50 or row["step"] in (0, bar.total)):
-        print(f"{name}: rollout {row['step']}/{bar.total}, {text}", file=sys.stderr, flush=True)
-    if row["step"] == 0:
-        bar.unpause()  # the clock and the rate start after the warm start
-    bar.n = row["step"]
-    bar.set_postfix_str(text)
-
-def start_worker(context, processes: list):
-    """Start a worker, put it on the list, and return our end of its pipe."""
+def start_worker(context):
+    """Our end of the pipe to a new worker, and its process."""
     ours, theirs = context.Pipe()
     process = context.Process(target=worker, args=(theirs,), daemon=True)
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by a worker that still imports (not on Windows)
-    try:
-        process.start()
-        processes.append(process)
-    finally:
-        signal.signal(signal.SIGINT, ctrl_c)
+    process.start()
+    signal.signal(signal.SIGINT, ctrl_c)
     theirs.close()  # so that a dead worker reads as the end of the file
-    return ours
+    return ours, process
+
+def show_progress(bar: tqdm, name: str, config: Config, row: dict, before: int) -> None:
+    """Show one evaluation beside the bar; where there is no terminal, print a line per 50 rollouts."""
+    step, last = row["step"], config.steps + config.adapt
+    shown = [k for k in ("accuracy", "solution_entropy", "residual") if row.get(k) is not None]
+    text = f"{name}: rollout {step}/{last}, " + ", ".join(f"{MEASURES[k]} {row[k]:.2f}" for k in shown)
+    bar.set_postfix_str(text, refresh=False)
+    bar.update(step - before)
+    if bar.disable and (step // 50 > before // 50 or step in (0, last)):
+        print(text, file=sys.stderr, flush=True)
 
 def train_all(units: list, save) -> list[str]:
     """Train every (label, config, seed), one process per core, and save(label, seed, run) each as it finishes.
 
-    Returns a message for each run that diverged. Raises ChildProcessError naming the run whose process died.
+    Returns a message for each run that diverged or whose process died; the others finish.
     """
-    context, waiting, busy, processes, diverged = multiprocessing.get_context("spawn"), units[::-1], {}, [], []
-
-    def give_work(connection, slot):
-        if waiting:
-            label, config, seed = waiting.pop()
-            with contextlib.suppress(BrokenPipeError):  # its worker has died: the next recv says so
-                connection.send((config, seed))
-            bar = tqdm(total=config.steps + config.adapt, desc=f"{label}, seed {seed}", position=slot, leave=False,
-                       dynamic_ncols=True, disable=not sys.stderr.isatty(), unit=" rollouts")
-            bar.set_postfix_str("warm start")
-            busy[connection] = label, seed, slot, bar
-
+    context, waiting, workers, busy, failed = multiprocessing.get_context("spawn"), units[::-1], {}, {}, []
+    bar = tqdm(total=sum(config.steps + config.adapt for _, config, _ in units), disable=None, leave=False,
+               dynamic_ncols=True, bar_format="{l_bar}{bar}| {remaining} left{postfix}", postfix="warm start")
     try:
-        for slot in range(min(len(units), CORES)):
-            give_work(start_worker(context, processes), slot)
-        while busy:
+        workers.update(start_worker(context) for _ in range(min(len(units), CORES)))
+        idle = list(workers)
+        while busy or (waiting and idle):
+            while waiting and idle:
+                connection, (label, config, seed) = idle.pop(), waiting.pop()
+                with contextlib.suppress(BrokenPipeError):  # its process has died: the next recv says so
+                    connection.send((config, seed))
+                busy[connection] = label, config, seed, 0
             for connection in wait(list(busy)):
-                label, seed, slot, bar = busy[connection]
+                label, config, seed, step = busy.pop(connection)
                 name = f"{label}, seed {seed}"
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    raise ChildProcessError(f"the process that trained {name} died; "
-                                            "the same command continues with what is missing") from None
-                if kind == "row":
-                    show_progress(name, bar, value)
+                    failed.append(f"{name}: its process died; the same command continues with what is missing")
                     continue
-                save(label, seed, value) if kind == "done" else diverged.append(f"{name} diverged: {value}")
-                bar.close()
-                del busy[connection]
-                give_work(connection, slot)
+                if kind == "row":
+                    show_progress(bar, name, config, value, step)
+                    busy[connection] = label, config, seed, value["step"]
+                    continue
+                save(label, seed, value) if kind == "done" else failed.append(f"{name} diverged: {value}")
+                idle.append(connection)
     finally:
-        for process in processes:
+        bar.close()
+        for process in workers.values():
             process.kill()
-    return diverged
+    return failed
 
 # ---- 13. What is finished is kept -----------------------------------------------------------------------------------
 
-@functools.cache
-def source_hash() -> str:
-    """Part of each kept run's name, so that an edit of the code is never answered with an old curve."""
-    here = Path(__file__).resolve().parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py"))).hexdigest()
-
 def kept_path(out: Path, config: Config, seed: int) -> Path:
-    """Where the finished run of (config, seed) under this code and this torch is kept."""
-    key = repr((config, seed, torch.__version__, source_hash()))
+    """Where the finished run of (config, seed) is kept: an edit of the code, or another torch, is another place."""
+    here = Path(__file__).resolve().parent
+    code = [(here / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
+    key = repr((config, seed, torch.__version__, code))
     return out / ".cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 def write_whole(path: Path, write) -> None:
@@ -681,23 +669,16 @@ def write_json(path: Path, data: dict) -> None:
 
 def kept_run(path: Path) -> dict | None:
     """A run that was finished earlier, or None; a file that is something else is named and ignored."""
-    if path.exists():
-        with contextlib.suppress(ValueError, AttributeError):
-            run = json.loads(path.read_text())
-            if {"curves", "final", "examples", "samples", "timing"} <= run.keys():
-                return run
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
         print(f"{path} is not a finished run: it is ignored", file=sys.stderr)
-    return None
 
 def read_result(path: Path) -> dict:
     """An EXPERIMENT.json. Raises ValueError saying what to do where it is truncated, empty or something else."""
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
         result = json.loads(path.read_text())
-        whole = [len(arm["seeds"]) == len(arm["final"][m]) == len(arm["curves"][m])
-                 and {len(row) for row in arm["curves"][m]} == {len(arm["curves"]["step"])}
-                 for arm in result["arms"].values() for m in MEASURES]
-        known = {label.split()[0] for label in result["arms"]} <= ARMS.keys() and {"command", "config"} <= result.keys()
-        if result["experiment"] == path.stem and known and whole and all(whole):
+        if result["command"] and table(result):
             return result
     raise ValueError(f"{path} is not a whole result of this program; make it again with: "
                      f"python tokrl.py --experiment {path.stem} --out {path.parent}")
@@ -723,40 +704,35 @@ def experiment_arms(experiment: str, base: Config) -> dict[str, Config]:
     return {f"{word} {suffix}".strip(): replace(base, transform=ARMS[word], **fields)
             for suffix, fields in settings.items() for word in words}
 
-def run_experiment(name: str, base: Config, arms: dict, beside: dict, seeds: list[int], out: Path, fresh: bool):
-    """Train what is not kept yet -> (result as in EXPERIMENT.json, runs by (label, seed), messages of diverged runs).
+def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds: list[int], out: Path, fresh: bool):
+    """Train what is not kept yet -> (result as in EXPERIMENT.json, runs by (label, seed), messages of failed runs).
 
-    `beside`: arms that are not trained but join where all their runs are kept.
+    Only the arms whose labels are `wanted` are trained; another joins where all its runs are kept.
     """
-    everything = {**arms, **beside}
-    if beside:
-        everything = {label: everything[label] for label in ARMS}
-    paths = {(label, seed): kept_path(out, config, seed) for label, config in everything.items() for seed in seeds}
-    runs = {unit: run for unit, path in paths.items() if not (fresh and unit[0] in arms) and (run := kept_run(path))}
-    waiting = [(label, config, seed) for seed in seeds for label, config in arms.items() if (label, seed) not in runs]
-    seconds = sum(c.steps + c.adapt for _, c, _ in waiting) / 13 / max(1, min(len(waiting), CORES))
-    print(f"{name}: {len(waiting)} of {len(arms) * len(seeds)} runs to train, about {math.ceil(seconds / 60)} min "
+    paths = {(label, seed): kept_path(out, config, seed) for label, config in arms.items() for seed in seeds}
+    runs = {unit: run for unit, path in paths.items() if not (fresh and unit[0] in wanted) and (run := kept_run(path))}
+    waiting = [(label, arms[label], seed) for seed in seeds for label in wanted if (label, seed) not in runs]
+    minutes = sum(config.steps + config.adapt for _, config, _ in waiting) / 13 / 60 / min(len(waiting) or 1, CORES)
+    print(f"{name}: {len(waiting)} of {len(wanted) * len(seeds)} runs to train, about {math.ceil(minutes)} min "
           "at 13 rollouts a second in each process", file=sys.stderr, flush=True)
 
     def save(label, seed, run):
         write_json(paths[label, seed], run)
         runs[label, seed] = run
 
-    def plain(config):  # JSON has no Infinity
-        return asdict(config) | ({"clip_eps": "inf"} if config.clip_eps == math.inf else {})
-
-    diverged = train_all(waiting, save)
-    result = {"experiment": name, "config": plain(base), "arms": {}, "timing": {},
+    failed = train_all(waiting, save)
+    as_json = lambda config: asdict(config) | ({"clip_eps": "inf"} if config.clip_eps == math.inf else {})
+    result = {"experiment": name, "config": as_json(base), "arms": {}, "timing": {},
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
-    for label, config in everything.items():
-        each = [runs.get((label, seed)) for seed in seeds]
-        if all(each):
+    for label, config in arms.items():
+        each = [runs[label, seed] for seed in seeds if (label, seed) in runs]
+        if len(each) == len(seeds):
             gather = lambda kind, names: {k: [run[kind][k] for run in each] for k in names}
-            result["arms"][label] = {**plain(config), "seeds": seeds, "final": gather("final", MEASURES),
+            result["arms"][label] = {**as_json(config), "seeds": seeds, "final": gather("final", MEASURES),
                                      "curves": {"step": each[0]["curves"]["step"], **gather("curves", MEASURES)},
                                      "diagnostics": gather("curves", DIAGNOSTICS)}
             result["timing"][label] = dict(sum((Counter(run["timing"]) for run in each), Counter()))
-    return result, runs, diverged
+    return result, runs, failed
 
 # ---- 15. Tables -----------------------------------------------------------------------------------------------------
 
@@ -767,20 +743,20 @@ def reached(arm: dict, row: int, after: int = 0, level: float = 0.9) -> int | No
 
 def columns_of(result: dict) -> dict[str, dict[str, list]]:
     """{title: {arm's label: a value per seed}}: the final measures, and what only this experiment asks for."""
-    columns = defaultdict(lambda: defaultdict(list))
+    columns, adapt = defaultdict(dict), result["experiment"] == "adapt"
     for label, arm in result["arms"].items():
         for measure in list(MEASURES)[:5]:  # the sampled reward estimates the accuracy, which is exact
             columns[MEASURES[measure]][label] = arm["final"][measure]
-        steps, drift, entropy = (arm["curves"][k] for k in ("step", "solution_drift", "solution_entropy"))
-        for row in range(len(arm["seeds"])):
-            if result["experiment"] == "frontier":
-                i = reached(arm, row)
-                columns["drift at accuracy 0.9"][label].append(None if i is None else drift[row][i])
-            if result["experiment"] == "adapt":
-                i, change = reached(arm, row, after=arm["steps"]), arm["steps"]
-                columns["entropy at the change"][label].append(entropy[row][steps.index(change)])
-                columns["rollouts to accuracy 0.9"][label].append(steps[-1 if i is None else i] - change)
-                columns["never reached"][label].append(float(i is None))
+        steps, change = arm["curves"]["step"], arm["steps"] if adapt else 0
+        first = [reached(arm, row, after=change) for row in range(len(arm["seeds"]))]
+        if adapt:
+            entropy = arm["curves"]["solution_entropy"]
+            columns["entropy at the change"][label] = [row[steps.index(change)] for row in entropy]
+            columns["rollouts to accuracy 0.9"][label] = [steps[-1 if i is None else i] - change for i in first]
+            columns["never reached"][label] = [float(i is None) for i in first]
+        elif result["experiment"] == "frontier":
+            rows = zip(arm["curves"]["solution_drift"], first)
+            columns["drift at accuracy 0.9"][label] = [None if i is None else drift[i] for drift, i in rows]
     return {title: each for title, each in columns.items() if any(set(values) - {None} for values in each.values())}
 
 def bootstrap(off: list, on: list, combine=np.subtract) -> tuple[float, float, float]:
@@ -800,21 +776,21 @@ def compare(off: list, on: list, title: str, ratio: bool) -> str:
     value, low, high = bootstrap(*zip(*pairs), np.divide if ratio else np.subtract)
     return f"{value:.2f} [{low:.2f}, {high:.2f}]" if ratio else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
+def spread(values: list) -> str:
+    """Mean ± standard deviation over the seeds where the value is defined, and their number if that is not all."""
+    defined = [v for v in values if v is not None]
+    deviation = f" ± {np.std(defined, ddof=1):.2f}" if len(defined) > 1 else ""
+    missing = f" (n={len(defined)})" if len(defined) < len(values) else ""
+    return f"{np.mean(defined):.2f}{deviation}{missing}" if defined else "none"
+
 def table(result: dict) -> str:
     """Markdown: each arm's mean ± standard deviation over seeds; then paired differences with 95% intervals."""
     columns, labels = columns_of(result), list(result["arms"])
-    seeds = result["arms"][labels[0]]["seeds"]
-
-    def spread(values):
-        values = [v for v in values if v is not None]
-        deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        missing = f" (n={len(values)})" if len(values) < len(seeds) else ""
-        return f"{np.mean(values):.2f}{deviation}{missing}" if values else "none"
-
     rows = [["arm", *columns]] + [[label, *(spread(column[label]) for column in columns.values())] for label in labels]
-    pairs = [(off, word + off[3:]) for off in labels if off[:3] == "off" for word in ("on", "orth")]
-    for off, on in ((off, on) for off, on in pairs if on in labels and len(seeds) > 1):
-        for sign in "−/" if result["experiment"] == "failure-modes" else "−":
+    pairs = [(label, word + label[3:]) for label in labels if label[:3] == "off" for word in ("on", "orth")]
+    signs = "−/" if result["experiment"] == "failure-modes" else "−"
+    for off, on in pairs if len(result["arms"][labels[0]]["seeds"]) > 1 else ():
+        for sign in signs if on in labels else ():
             cells = (compare(column[off], column[on], title, sign == "/") for title, column in columns.items())
             rows.append([f"{off} {sign} {on}", *cells])
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -839,9 +815,8 @@ def print_details(runs: dict, labels: list[str], seed: int) -> None:
 
 COLOURS = {"off": "#D55E00", "on": "#0072B2", "orth": "#009E73"}  # Okabe-Ito: told apart by colour-blind readers
 STYLES = {"off": "-", "on": "-", "orth": "--"}
-PANELS = {"learning_tax": ("Ineffective updates", "learning tax so far (nats)"),
-          "solution_drift": ("Solution drift", "|Δ log-odds| (nats)"),
-          "solution_entropy": ("Entropy collapse", "solution entropy (1: even)"), "accuracy": ("Accuracy", "")}
+PANELS = {"learning_tax": "Ineffective updates", "solution_drift": "Solution drift",
+          "solution_entropy": "Entropy collapse", "accuracy": "Accuracy"}
 
 def draw(result: dict, path: Path) -> None:
     """Draw a result, from its JSON alone, as a PNG."""
@@ -849,8 +824,8 @@ def draw(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     kind = {"failure-modes": draw_curves, "frontier": draw_frontier}.get(result["experiment"], draw_dots)
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
-    with matplotlib.rc_context(style):
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    with matplotlib.rc_context({**plain, "font.size": 11, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
         kind(figure, result)
         write_whole(path, figure.savefig)
@@ -862,13 +837,13 @@ def draw_curves(figure, result: dict) -> None:
             steps, rows = arm["curves"]["step"], np.array(arm["curves"][measure], dtype=float)  # None becomes nan
             axes.plot(steps, rows.mean(0), STYLES[label], color=COLOURS[label], lw=2, label=label)
             axes.fill_between(steps, rows.min(0), rows.max(0), color=COLOURS[label], alpha=0.15, lw=0)
-        (title, unit), top = PANELS[measure], 1.03 if measure in ("accuracy", "solution_entropy") else None
-        axes.set(title=title, ylabel=unit, xlabel="rollouts", xlim=(0, steps[-1]), ylim=(0, top))
+        axes.set(title=PANELS[measure], ylabel=MEASURES[measure], xlabel="rollouts", xlim=(0, steps[-1]))
+        axes.set_ylim(0, 1.03 if measure in ("accuracy", "solution_entropy") else None)
         if np.isnan(rows).all():
             axes.text(0.5, 0.5, "one right answer:\nnot defined", transform=axes.transAxes, ha="center", color="0.35")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False,
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3,
                   title=f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}")
 
 def draw_interval(axes, x: list, y: list, colour: str, size: float = 6) -> tuple[float, float]:
@@ -907,16 +882,9 @@ def draw_frontier(figure, result: dict) -> None:
              yscale="log", yticks=(0.3, 0.5, 1, 2, 4))
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
-    figure.legend(title=f"dots, small to large: learning rate {rates}", loc="outside upper right", ncols=3, frameon=False)
+    figure.legend(title=f"dots, small to large: learning rate {rates}", loc="outside upper right", ncols=3)
 
 # ---- 17. Command line -----------------------------------------------------------------------------------------------
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message):
-        """One line without the usage, exit status 2."""
-        self.exit(2, f"tokrl.py: {message}\n")
 
 def seeds_from(text: str) -> list[int]:
     """'3' -> [3]; '0-7' -> [0, ..., 7]."""
@@ -925,50 +893,49 @@ def seeds_from(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"must be N or A-B with 0 <= A <= B; got {text!r}")
     return list(range(int(first), int(last or first) + 1))
 
-def parser() -> Parser:
+def parser() -> argparse.ArgumentParser:
     """The options; those of Config's fields carry their names. Only what is given appears in the parsed namespace."""
-    p = Parser(prog="tokrl.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-               description="Train a tiny policy with and without the paper's transform; draw the three failure modes.")
-    p.add_argument("--transform", choices=["both", "on", *TRANSFORMS], help="on means min; a single arm is drawn "
-                   "beside those that exist (default both: off and on; --experiment failure-modes adds orth)")
+    p = argparse.ArgumentParser(prog="tokrl.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                description="Train a tiny policy with and without the paper's transform; draw both.")
+    p.error = functools.partial(require, False)  # a ValueError, which main prints on one line
+    p.add_argument("--transform", choices=["both", "on", *TRANSFORMS], help="on means min; arms that are finished are "
+                   "drawn beside it (default both: off and on; --experiment failure-modes adds orth)")
     for name, kind, text in (
-            ("loss", LOSSES, "the weights"), ("task", list(TASKS), "what is learnt"),
-            ("group_size", int, "completions per prompt"), ("prompts", int, "prompts per rollout"),
-            ("inner_steps", int, "gradient steps per rollout"), ("steps", int, "rollouts"),
-            ("lr", float, "learning rate"), ("kl", float, "weight of the KL to the warm-started policy")):
-        choice = {"type": kind} if isinstance(kind, type) else {"choices": kind}
-        p.add_argument(f"--{name.replace('_', '-')}", **choice, help=f"{text} (default {getattr(Config, name)})")
-    p.add_argument("--fork", type=int, help="opening tokens that a group shares (default: the task's own; commute: 2)")
-    p.add_argument("--clip-eps", type=float, help="clip ratios outside 1 ± this; inf: no clip "
-                   "(default 0.04 for gspo, 0.2 for the others)")
-    p.add_argument("--seeds", type=seeds_from, help="N or A-B (default 0)")
-    p.add_argument("--out", type=Path, help="folder for results (default runs)")
-    p.add_argument("--experiment", choices=EXPERIMENTS, help="default failure-modes; the others set loss and transform")
+            ("loss", LOSSES, "the weights"), ("task", TASKS, "what is learnt"),
+            ("fork", int, "opening tokens that a group shares (default: the task's own; commute: 2)"),
+            ("group-size", int, "completions per prompt"), ("prompts", int, "prompts per rollout"),
+            ("inner-steps", int, "gradient steps per rollout"), ("steps", int, "rollouts"),
+            ("lr", float, "learning rate"), ("kl", float, "weight of the KL to the warm-started policy"),
+            ("clip-eps", float, "clip ratios outside 1 ± this; inf: no clip (default 0.04 for gspo, else 0.2)"),
+            ("seeds", seeds_from, "N or A-B (default 0)"), ("out", Path, "folder for results (default runs)"),
+            ("experiment", EXPERIMENTS, "default failure-modes; the others set loss and transform")):
+        default = getattr(Config, name.replace("-", "_"), None)
+        choice = {"type": kind} if callable(kind) else {"choices": kind}
+        p.add_argument(f"--{name}", **choice, help=text if default is None else f"{text} (default {default})")
     p.add_argument("--plot", action="store_true", help="redraw the figures in --out from their JSON, without training")
     p.add_argument("--fresh", action="store_true", help="train again what is already finished")
     return p
 
-def arms_from(given: dict) -> tuple[str, Config, dict, dict]:
-    """What the options ask for: experiment, base configuration, arms to train, arms to draw beside them if kept."""
-    name, word = given.get("experiment", "failure-modes"), given.get("transform", "both").replace("min", "on")
+def arms_from(given: dict) -> tuple[str, Config, dict, list[str]]:
+    """What the options ask for: experiment, base configuration, its arms, and the labels of those to train."""
+    name, word = given.get("experiment", "failure-modes"), given.get("transform", "both")
     fields = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
-    base = Config(**{k: v for k, v in fields.items() if k != "transform"})
+    base = Config(**fields | {"transform": "off"})
     arms = experiment_arms(name, base)
-    if name != "failure-modes":
-        for field, value in fields.items():
-            fixed = field in ("loss", "transform") or any(getattr(arm, field) != value for arm in arms.values())
-            require(not fixed, f"experiment {name} sets --{field.replace('_', '-')} itself; leave it out")
-    elif word != "both":
-        return name, base, {word: arms.pop(word)}, arms
-    elif "experiment" not in given or "transform" in given:
-        del arms["orth"]
-    return name, base, arms, {}
+    require(name != "frontier" or base.task != "add", "experiment frontier needs a task of several right answers")
+    if name == "failure-modes":
+        both = ["off", "on"] if "transform" in given or "experiment" not in given else list(arms)
+        return name, base, arms, {"both": both, "min": ["on"]}.get(word, [word])
+    for field, value in fields.items():
+        fixed = field in ("loss", "transform") or any(getattr(arm, field) != value for arm in arms.values())
+        require(not fixed, f"experiment {name} sets --{field.replace('_', '-')} itself; leave it out")
+    return name, base, arms, list(arms)
 
 def plot_all(out: Path, names) -> int:
     """Redraw every result in `out` and print its table; returns 2 if one is not whole. ValueError if there is none."""
     paths, status = [path for name in names if (path := out / f"{name}.json").exists()], 0
-    flag = f" --experiment {names[0]}" if len(names) == 1 else ""
-    require(bool(paths), f"no results in {out} for --plot{flag}; make one with: python tokrl.py{flag} --out {out}")
+    hint = f"make one with: python tokrl.py --experiment {names[0]} --out {out}"
+    require(bool(paths), f"no results in {out} for --plot; {hint}")
     for path in paths:
         try:
             result = read_result(path)
@@ -982,15 +949,14 @@ def plot_all(out: Path, names) -> int:
 def run(given: dict, command: str) -> int:
     """Do what the options ask for; returns the exit status."""
     out, seeds = given.get("out", Path("runs")), given.get("seeds", [0])
-    if given.get("plot"):
+    if "plot" in given:
         extra = sorted(given.keys() - {"plot", "out", "experiment"})
         require(not extra, f"--plot trains nothing; leave out --{', --'.join(extra).replace('_', '-')}")
         return plot_all(out, [given["experiment"]] if "experiment" in given else EXPERIMENTS)
-    name, base, arms, beside = arms_from(given)
-    require(name != "frontier" or base.task != "add", "experiment frontier needs a task of several right answers")
+    name, base, arms, wanted = arms_from(given)
     (out / ".cache").mkdir(parents=True, exist_ok=True)
-    result, runs, diverged = run_experiment(name, base, arms, beside, seeds, out, given.get("fresh", False))
-    for message in diverged:
+    result, runs, failed = run_experiment(name, base, arms, wanted, seeds, out, "fresh" in given)
+    for message in failed:
         print(f"tokrl.py: {message}", file=sys.stderr)
     if result["arms"]:
         write_json(out / f"{name}.json", {"command": command, **result})
@@ -999,21 +965,13 @@ def run(given: dict, command: str) -> int:
         if name == "failure-modes":
             print_details(runs, list(result["arms"]), seeds[0])
         print(f"\nFigure: {out / f'{name}.png'}")
-    return 1 if diverged else 0
+    return 1 if failed else 0
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status: 0, 1 where a run failed, 2 for bad input, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):  # a console without "−" shows "?" instead of ending the program
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     try:
         return run(vars(parser().parse_args(argv)), shlex.join(["python", "tokrl.py", *argv]))
-    except SystemExit as stop:  # argparse has said why
-        return stop.code
-    except ChildProcessError as error:
-        print(f"tokrl.py: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         hint = "; --out needs a folder that can be written, with space left" if isinstance(error, OSError) else ""
         print(f"tokrl.py: {error}{hint}", file=sys.stderr)
@@ -1023,4 +981,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # a console without "−" shows "?" instead of ending the program
+        stream.reconfigure(errors="replace")
     sys.exit(main())
