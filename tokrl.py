@@ -4,28 +4,21 @@ Paper: F. Ding, Y. Zhang, Y. Wang, Z. Zeng, "Design Conditions for Intra-Group L
 Gradient Cancellation", arXiv:2604.13088v1. Equation numbers are "as in v1"; we worked from its abstract and from
 summaries, not from the full text.
 
-The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of
-G *completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; its
-*advantage* is its reward minus the group's mean, divided by the group's standard deviation, so a group's advantages
-sum to 0. A *rollout* is B such groups, on which we take a few gradient steps. After the first the policy is no longer
-the one that sampled ("off-policy"), so every token gets an importance *ratio*, its probability now over its probability
-then; most losses *clip* that ratio.
-
-The claim. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
+The claim. From one prompt a policy samples a *group* of G completions (each with its prompt: a trajectory), a verifier
+*rewards* each with 1 or 0, and its *advantage* is its reward minus the group's mean, over the group's standard
+deviation. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
 pushes, advantage times weight, should cancel over the group (Eq. 2). Sequence-level weights differ from trajectory to
 trajectory, so they do not: each step moves the shared token for no reason (Prop. 3.1, "learning tax"), equally right
 solutions drift apart (Cor. 3.2), and in the end one is left (entropy collapse). Making the weights alike (Min-Replace,
-Eq. 17) or orthogonal to the advantages (Adv-Orthogonal, Eq. 18) restores the cancellation. That is chapters 5 to 7; the
-rest is what it takes to watch it:  python tokrl.py
+Eq. 17) or orthogonal to the advantages (Adv-Orthogonal, Eq. 18) restores the cancellation: chapters 5 to 7.
 
 Where this program departs from the paper:
  1. A policy of 0.1 million parameters on toy arithmetic that can be enumerated, so that every measure is exact.
  2. A group shares its first `fork` tokens by construction (chapter 3). In a language model they are shared because they
     are nearly certain; in a toy such tokens would have no gradient to look at.
  3. The transforms act position by position, over the trajectories that have not ended there.
- 4. The baseline is GSPO (one ratio per completion) as people run it, clipped. The paper's own method, DFPO, is
-    transformed weights without a clip: the arm `on` of --clip-eps inf (mean of the log-ratios) or of --loss seq (their
-    sum); our sources leave open which.
+ 4. The baseline is GSPO as people run it, clipped. The paper's own method, DFPO, is transformed weights without a clip:
+    `on` with --clip-eps inf (mean of the log-ratios) or --loss seq (their sum); our sources leave open which.
  5. A small KL penalty pulls towards the warm-started policy; --kl 0 turns it off.
  6. Only w differs between the losses. All share the advantages of chapter 4 (Dr. GRPO has no division by the standard
     deviation), one symmetric clip (DAPO's is asymmetric) and a limit on the gradient's norm.
@@ -44,7 +37,6 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -140,7 +132,6 @@ class Policy(nn.Module):
         """tokens (N,T) int64 -> logits (N,T,V): row t is for the token after tokens[:, t].
 
         With a `cache` (a dict, empty at first) keys and values are kept, and each later call passes one new token.
-        Raises ValueError for another shape or dtype, or for more tokens than the context holds.
         """
         require(tokens.dim() == 2 and tokens.dtype == torch.int64,
                 f"tokens must be int64 of shape (N,T); got {tokens.dtype} {tuple(tokens.shape)}")
@@ -163,10 +154,7 @@ def completion_logprobs(policy, prompts, tokens):
     return policy(rows)[:, prompts.shape[1] - 1 :].log_softmax(-1).view(b, g, t, -1)
 
 def token_logprobs(policy, prompts, tokens):
-    """Log-probabilities of the completions' own tokens: prompts (B,P), tokens (B,G,T) -> (B,G,T) in nats.
-
-    No temperature, no top-k: what is scored is the distribution that is sampled. Raises ValueError for other shapes.
-    """
+    """Log-probabilities of the completions' own tokens: prompts (B,P), tokens (B,G,T) -> (B,G,T) in nats."""
     return completion_logprobs(policy, prompts, tokens).gather(-1, tokens[..., None]).squeeze(-1)
 
 # ---- 3. Sampling groups that share an opening -----------------------------------------------------------------------
@@ -258,7 +246,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
             f"max_length must be at least 1; got {max_length}")
 
     log_r = (logprobs - old_logprobs).detach().masked_fill(~mask, 0.0)  # (B,G,T)
-    r = log_r.exp()  # the token's importance ratio
+    r = log_r.exp()  # the token's importance ratio: its probability now over its probability when it was sampled
     log_R = log_r.sum(dim=-1, keepdim=True)  # (B,G,1) the whole completion's
     largest = 0.8 * math.log(torch.finfo(r.dtype).max)  # 71 in float32: past any real ratio, and safe to sum afterwards
     A = advantages[..., None]  # (B,G,1); only its sign matters here
@@ -370,31 +358,25 @@ def warm_start(task: Task, seed: int) -> Policy:
 
 MAX_GRAD_NORM = 0.15  # the weights carry 1/n, so gradients are small and a limit of 1 would never act
 
-class Rollout(NamedTuple):
-    """B prompts with a group of G completions each."""
+def collect(policy, task: Task, config: Config, generator):
+    """A rollout: B prompts are drawn, a group is sampled for each, and the verifier judges every completion.
 
-    prompts: torch.Tensor  # (B,P)
-    tokens: torch.Tensor  # (B,G,T)
-    old_logprobs: torch.Tensor  # (B,G,T) nats, of the policy that sampled
-    mask: torch.Tensor  # (B,G,T) bool
-    rewards: torch.Tensor  # (B,G) 0 or 1
-
-def collect(policy, task: Task, config: Config, generator) -> Rollout:
-    """Draw prompts, sample a group for each, and let the verifier judge every completion."""
+    Returns prompts (B,P), tokens (B,G,T), old_logprobs (B,G,T) in nats, mask (B,G,T), rewards (B,G) of 0 or 1.
+    """
     texts = task.prompts()
     chosen = torch.randint(len(texts), (config.prompts,), generator=generator).tolist()
     prompts = prompt_tokens([texts[i] for i in chosen])
     sample = sample_groups(policy, prompts, config.group_size, config.fork, task.max_completion, generator)
     rewards = [[task.reward(texts[i], decode(row)) for row in group] for i, group in zip(chosen, sample[0].tolist())]
-    return Rollout(prompts, *sample, torch.tensor(rewards))
+    return prompts, *sample, torch.tensor(rewards)
 
-def update(policy, reference, optimizer, config: Config, rollout: Rollout) -> dict:
+def update(policy, reference, optimizer, config: Config, prompts, tokens, old_logprobs, mask, rewards) -> dict:
     """`inner_steps` full-batch gradient steps on one rollout; returns means over them (token entropy: of the first).
 
     Raises FloatingPointError naming the inner step and a quantity that is not finite, or a first ratio that is not 1.
     """
-    prompts, tokens, old_logprobs, mask, rewards = rollout
-    advantages, lengths, seen = group_advantages(rewards), mask.sum(-1), defaultdict(list)
+    advantages, lengths = group_advantages(rewards), mask.sum(-1)
+    seen = defaultdict(list, reward=[rewards.mean().item()], tokens=[lengths.sum().item()])
     with torch.no_grad():
         reference_logprobs = completion_logprobs(reference, prompts, tokens)  # (B,G,T,V)
     for inner in range(1, config.inner_steps + 1):
@@ -527,8 +509,7 @@ def train(config: Config, seed: int, report=lambda row: None) -> dict:
                 with stopwatch(timing, "sampling"):
                     rollout = collect(policy, task, config, generator)
                 with stopwatch(timing, "update"):
-                    seen.append(update(policy, reference, optimizer, config, rollout)
-                                | {"reward": rollout.rewards.mean().item(), "tokens": rollout.mask.sum().item()})
+                    seen.append(update(policy, reference, optimizer, config, *rollout))
                 timing["tokens sampled"] += seen[-1]["tokens"]
                 timing["tokens trained"] += seen[-1]["tokens"] * config.inner_steps
             with stopwatch(timing, "exact measures"):
@@ -673,15 +654,6 @@ def kept_run(path: Path) -> dict | None:
         return json.loads(path.read_text()) if path.exists() else None
     except ValueError:
         print(f"{path} is not a finished run: it is ignored", file=sys.stderr)
-
-def read_result(path: Path) -> dict:
-    """An EXPERIMENT.json. Raises ValueError saying what to do where it is truncated, empty or something else."""
-    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-        result = json.loads(path.read_text())
-        if result["command"] and table(result):
-            return result
-    raise ValueError(f"{path} is not a whole result of this program; make it again with: "
-                     f"python tokrl.py --experiment {path.stem} --out {path.parent}")
 
 # ---- 14. Experiments: lists of labelled configurations --------------------------------------------------------------
 
@@ -934,16 +906,18 @@ def arms_from(given: dict) -> tuple[str, Config, dict, list[str]]:
 def plot_all(out: Path, names) -> int:
     """Redraw every result in `out` and print its table; returns 2 if one is not whole. ValueError if there is none."""
     paths, status = [path for name in names if (path := out / f"{name}.json").exists()], 0
-    hint = f"make one with: python tokrl.py --experiment {names[0]} --out {out}"
-    require(bool(paths), f"no results in {out} for --plot; {hint}")
+    require(bool(paths), f"no results in {out} for --plot; the same command without --plot makes one")
     for path in paths:
         try:
-            result = read_result(path)
-            draw(result, path.with_suffix(".png"))
-            print(f"\n{path.with_suffix('.png')}, from: {result['command']}\n\n{table(result)}")
-        except ValueError as error:
-            print(f"tokrl.py: {error}", file=sys.stderr)
+            result = json.loads(path.read_text())
+            text = f"\n{path.with_suffix('.png')}, from: {result['command']}\n\n{table(result)}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            again = f"make it again with: python tokrl.py --experiment {path.stem} --out {out}"
+            print(f"tokrl.py: {path} is not a whole result; {again}", file=sys.stderr)
             status = 2
+            continue
+        draw(result, path.with_suffix(".png"))
+        print(text)
     return status
 
 def run(given: dict, command: str) -> int:
