@@ -1406,6 +1406,15 @@ def test_experiments_are_the_settings_they_say():
     ]
 
 
+def test_the_options_say_which_arms_are_trained():
+    wanted = lambda **given: tokrl.arms_from(given)[3]
+    assert wanted() == wanted(transform="both") == ["off", "on"]
+    assert wanted(transform="min") == wanted(transform="on") == ["on"] and wanted(transform="orth") == ["orth"]
+    assert wanted(experiment="failure-modes") == ["off", "on", "orth"]
+    assert wanted(experiment="failure-modes", transform="both") == ["off", "on"]
+    assert len(wanted(experiment="losses")) == 18
+
+
 def test_bootstrap_and_table_by_hand():
     assert tokrl.bootstrap([3, 3, 3], [1, 1, 1]) == (2.0, 2.0, 2.0)
     assert tokrl.bootstrap([3, 5], [1, 1], np.divide)[0] == 4.0

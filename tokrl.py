@@ -530,8 +530,7 @@ def train(config: Config, seed: int, report=lambda row: None) -> dict:
 def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
     """Curves and their "final" values, six digits each; how two prompts' solutions fared; three samples.
 
-    A final value is the mean over the evaluations of the last quarter of training: a single one is noisy. The learning
-    tax accumulates, so its final value is a little below its total.
+    A final value is the mean over the evaluations of the last quarter of training: a single one is noisy.
     """
     six_digits, final = lambda value: None if value is None else float(f"{value:.6g}"), {}
     curves = {"step": [row["step"] for row in rows]}
@@ -685,8 +684,8 @@ def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds
     runs = {unit: run for unit, path in paths.items() if not (fresh and unit[0] in wanted) and (run := kept_run(path))}
     waiting = [(label, arms[label], seed) for seed in seeds for label in wanted if (label, seed) not in runs]
     minutes = sum(config.steps + config.adapt for _, config, _ in waiting) / 13 / 60 / min(len(waiting) or 1, CORES)
-    print(f"{name}: {len(waiting)} of {len(wanted) * len(seeds)} runs to train, about {math.ceil(minutes)} min "
-          "at 13 rollouts a second in each process", file=sys.stderr, flush=True)
+    message = f"{len(waiting)} of {len(wanted) * len(seeds)} runs to train, about {math.ceil(minutes)} min"
+    print(f"{name}: {message} at 13 rollouts a second in each process", file=sys.stderr, flush=True)
 
     def save(label, seed, run):
         write_json(paths[label, seed], run)
