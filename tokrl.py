@@ -539,13 +539,13 @@ def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
         last = [v for v, row in zip(curves[name], rows) if row["step"] > 0.75 * rows[-1]["step"] and v is not None]
         final[name] = six_digits(sum(last) / len(last)) if last else None
     texts, then, now = task.prompts(), solution_logprobs(reference, task).exp(), solution_logprobs(policy, task).exp()
-    two = (len(texts) // 3, 2 * len(texts) // 3)
-    examples = [[texts[i], y, then[i, j].item(), now[i, j].item()]
-                for i in two for j, y in enumerate(task.solutions(texts[i])[:2])]
-    asked = [texts[i] for i in (*two, 0)]
-    generator = named_generator(seed, "evaluation")
-    tokens = sample_groups(policy, prompt_tokens(asked), 1, 0, task.max_completion, generator)[0]
-    samples = [[prompt, text, task.reward(prompt, text)] for prompt, text in zip(asked, map(decode, tokens[:, 0]))]
+    asked = (len(texts) // 3, 2 * len(texts) // 3, 0)  # the places of three prompts
+    examples = [[texts[i] + y, then[i, j].item(), now[i, j].item()]
+                for i in asked[:2] for j, y in enumerate(task.solutions(texts[i])[:2])]
+    prompts, generator = prompt_tokens([texts[i] for i in asked]), named_generator(seed, "evaluation")
+    tokens = sample_groups(policy, prompts, 1, 0, task.max_completion, generator)[0]
+    judged = [(texts[i], text, task.reward(texts[i], text)) for i, text in zip(asked, map(decode, tokens[:, 0]))]
+    samples = [f"{prompt}{text} ({'right' if reward else 'wrong'})" for prompt, text, reward in judged]
     return {"curves": curves, "final": final, "examples": examples, "samples": samples}
 
 # =====================================================================================================================
@@ -770,17 +770,16 @@ def table(result: dict) -> str:
 
 def print_details(runs: dict, labels: list[str], seed: int) -> None:
     """What one seed learnt, in full: probabilities of right completions, samples, and where the time went."""
-    each = {label: runs[label, seed] for label in labels}
-    print(f"\n{f'Probability of a right completion, seed {seed}':<46}" + "".join(f"{k:>8}" for k in ("start", *each)))
-    for i, (prompt, solution, start, _) in enumerate(each[labels[0]]["examples"]):
-        numbers = (start, *(run["examples"][i][3] for run in each.values()))
-        print(f"    {prompt}{solution}".ljust(46) + "".join(f"{number:8.2f}" for number in numbers))
-    for label, run in each.items():
-        samples, t = [f"{p}{y} ({'right' if r else 'wrong'})" for p, y, r in run["samples"]], run["timing"]
-        print(f"\nThree samples, {label}: " + ", ".join(samples))
-        print("Seconds: " + ", ".join(f"{t[k]:.0f} {k}" for k in ("warm start", "sampling", "update", "exact measures"))
-              + f"; tokens per second: {t['tokens sampled'] / t['sampling']:,.0f} sampled, "
-              f"{t['tokens trained'] / t['update']:,.0f} trained")
+    each = [runs[label, seed] for label in labels]
+    print(f"\n{f'Probability of a right completion, seed {seed}':<46}" + "".join(f"{k:>8}" for k in ("start", *labels)))
+    for i, (text, start, _) in enumerate(each[0]["examples"]):
+        numbers = (start, *(run["examples"][i][2] for run in each))
+        print(f"    {text:<42}" + "".join(f"{number:8.2f}" for number in numbers))
+    for label, run in zip(labels, each):
+        t, phases = run["timing"], ("warm start", "sampling", "update", "exact measures")
+        print(f"\nThree samples, {label}: {', '.join(run['samples'])}")
+        print(f"Seconds: {', '.join(f'{t[k]:.0f} {k}' for k in phases)}; tokens per second: "
+              f"{t['tokens sampled'] / t['sampling']:,.0f} sampled, {t['tokens trained'] / t['update']:,.0f} trained")
 
 # ---- 16. Figures ----------------------------------------------------------------------------------------------------
 
