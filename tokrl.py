@@ -629,8 +629,7 @@ def train_all(units: list, save) -> list[str]:
 
 def kept_path(out: Path, config: Config, seed: int) -> Path:
     """Where the finished run of (config, seed) is kept: an edit of the code, or another torch, is another place."""
-    here = Path(__file__).resolve().parent
-    code = [(here / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
+    code = [Path(__file__).resolve().with_name(name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
     key = repr((config, seed, torch.__version__, code))
     return out / ".cache" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
