@@ -1375,6 +1375,19 @@ def test_plot_names_a_damaged_result_and_draws_the_others(content, tmp_path, cap
     assert (tmp_path / "failure-modes.png").exists() and not (tmp_path / "control.png").exists()
 
 
+def test_plot_names_a_result_whose_arms_or_curves_are_not_those_of_the_program(tmp_path, capsys):
+    read = lambda name: json.loads((HERE / "figures" / f"{name}.json").read_text())
+    renamed, cut = read("control"), read("failure-modes")
+    renamed["arms"]["of"] = renamed["arms"].pop("off")
+    cut["arms"]["on"]["curves"]["accuracy"][0].pop()
+    (tmp_path / "control.json").write_text(json.dumps(renamed))
+    (tmp_path / "failure-modes.json").write_text(json.dumps(cut))
+    assert tokrl.main(["--plot", "--out", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 2 == err.count("is not a whole result")
+    assert {p.name for p in tmp_path.iterdir()} == {"control.json", "failure-modes.json"}
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     tokrl.write_json(tmp_path / "a.json", {"old": 1})
 

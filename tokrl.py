@@ -908,13 +908,12 @@ def plot_all(out: Path, names) -> int:
         try:
             result = json.loads(path.read_text())
             text = f"\n{path.with_suffix('.png')}, from: {result['command']}\n\n{table(result)}"
-        except (ValueError, LookupError, TypeError, AttributeError):
+            draw(result, path.with_suffix(".png"))
+            print(text)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             again = f"make it again with: python tokrl.py --experiment {path.stem} --out {out}"
-            print(f"tokrl.py: {path} is not a whole result; {again}", file=sys.stderr)
+            print(f"tokrl.py: {path} is not a whole result ({error!r}); {again}", file=sys.stderr)
             status = 2
-            continue
-        draw(result, path.with_suffix(".png"))
-        print(text)
     return status
 
 def run(given: dict, command: str) -> int:
