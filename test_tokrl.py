@@ -1136,6 +1136,9 @@ AUDIT = (
         ("--experiment group-size --prompts 4", "sets --prompts itself"),
         ("--experiment adapt --task split", "sets --task itself"),
         ("--experiment losses --clip-eps 0.3", "sets --clip-eps itself"),
+        ("--experiment mechanism --transform on", "leave out --transform"),
+        ("--experiment mechanism --seeds 0-7", "give --seeds a single number"),
+        ("--experiment mechanism --fork 0", "--fork of at least 1"),
         ("--plot --steps 3", "leave out --steps"),
         ("--plot", "no results in runs for --plot;"),
         ("--plot --out nowhere", "no results in nowhere"),
@@ -1463,7 +1466,40 @@ def test_readme_shows_each_experiment_as_recorded(name, tmp_path):
 
 def test_figures_holds_every_experiment_and_nothing_else():
     names = {p.name for p in (HERE / "figures").iterdir()} - {".cache"}
-    assert names == {f"{name}.{kind}" for name in tokrl.EXPERIMENTS for kind in ("json", "png")} | {"trl.json"}
+    drawn = (*tokrl.EXPERIMENTS, tokrl.MECHANISM)
+    assert names == {f"{name}.{kind}" for name in drawn for kind in ("json", "png")} | {"trl.json"}
+
+
+def test_the_mechanism_is_drawn_from_numbers_that_hang_together():
+    result = json.loads((HERE / "figures" / "mechanism.json").read_text())
+    assert f"`{result['command']}`" in README and "(figures/mechanism.png)" in README and tokrl.table(result) in README
+    A, weights = tensor([result["advantages"]]), {k: tensor([w])[..., None] for k, w in result["weights"].items()}
+    texts, prompt = result["completions"], result["prompt"]
+    rewards = tensor([[COMMUTE.reward(prompt, text) for text in texts]])
+    assert len({text[: COMMUTE.fork] for text in texts}) == 1 and len(texts) == 8
+    assert torch.allclose(group_advantages(rewards), A, atol=1e-6)
+    for word in ("on", "orth"):
+        w = transform_weights(weights["off"], A, torch.ones(1, 8, 1), tokrl.ARMS[word])
+        assert torch.allclose(w, weights[word], atol=1e-7)
+        assert cancellation_residual(w, A).item() < 1e-7
+    lengths = tensor([[len(text) + 1 for text in texts]])  # with EOS
+    s = (weights["off"][..., 0] * lengths)[weights["off"][..., 0] > 0]
+    assert ((s > 0.9) & (s < 1.1)).all() and (weights["off"] == 0).any()  # a ratio near 1, over n; some are clipped
+    assert cancellation_residual(weights["off"], A).item() > 0.05
+
+
+@pytest.mark.slow
+def test_the_mechanism_is_recorded_as_its_command_computes_it(tmp_path, capsys):
+    recorded = json.loads((HERE / "figures" / "mechanism.json").read_text())
+    computed = tokrl.mechanism(Config(), 0)
+    assert (
+        computed["completions"] == recorded["completions"] and computed["weights"].keys() == recorded["weights"].keys()
+    )
+    for word, w in computed["weights"].items():
+        assert w == pytest.approx(recorded["weights"][word], abs=1e-3)  # another machine may round otherwise
+    assert tokrl.main(["--experiment", "mechanism", "--lr", "1e3", "--out", str(tmp_path)]) == 1
+    assert "diverged: inner step" in capsys.readouterr().err
+    assert not (tmp_path / "mechanism.json").exists()
 
 
 def test_the_recorded_runs_show_what_is_claimed():

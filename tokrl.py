@@ -4,9 +4,13 @@ Paper: F. Ding, Y. Zhang, Y. Wang, Z. Zeng, "Design Conditions for Intra-Group L
 Gradient Cancellation", arXiv:2604.13088v1. Equation numbers are "as in v1"; we worked from its abstract and from
 summaries, not from the full text.
 
-The claim. From one prompt a policy samples a *group* of G completions (each with its prompt: a trajectory), a verifier
-*rewards* each with 1 or 0, and its *advantage* is its reward minus the group's mean, over the group's standard
-deviation. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
+The words. A *policy* is a network that gives the next token's probabilities. From one *prompt* it samples a *group* of
+G *completions* (each with its prompt: a trajectory). A verifier gives each a *reward*, 1 or 0, at its end; its
+*advantage* is its reward minus the group's mean, over the group's standard deviation. A *rollout* is B such groups, on
+which we take a few gradient steps. After the first the policy is no longer the one that sampled ("off-policy"), so
+every token has an importance *ratio*, its probability now over its probability then; most losses *clip* it.
+
+The claim. A token that the whole group shares cannot explain why one completion was right and another wrong, so its
 pushes, advantage times weight, should cancel over the group (Eq. 2). Sequence-level weights differ from trajectory to
 trajectory, so they do not: each step moves the shared token for no reason (Prop. 3.1, "learning tax"), equally right
 solutions drift apart (Cor. 3.2), and in the end one is left (entropy collapse). Making the weights alike (Min-Replace,
@@ -132,6 +136,7 @@ class Policy(nn.Module):
         """tokens (N,T) int64 -> logits (N,T,V): row t is for the token after tokens[:, t].
 
         With a `cache` (a dict, empty at first) keys and values are kept, and each later call passes one new token.
+        Raises ValueError for another shape or dtype, or for more tokens than the context holds.
         """
         require(tokens.dim() == 2 and tokens.dtype == torch.int64,
                 f"tokens must be int64 of shape (N,T); got {tokens.dtype} {tuple(tokens.shape)}")
@@ -154,7 +159,10 @@ def completion_logprobs(policy, prompts, tokens):
     return policy(rows)[:, prompts.shape[1] - 1 :].log_softmax(-1).view(b, g, t, -1)
 
 def token_logprobs(policy, prompts, tokens):
-    """Log-probabilities of the completions' own tokens: prompts (B,P), tokens (B,G,T) -> (B,G,T) in nats."""
+    """Log-probabilities of the completions' own tokens: prompts (B,P), tokens (B,G,T) -> (B,G,T) in nats.
+
+    No temperature, no top-k: what is scored is the distribution that is sampled. Raises ValueError for other shapes.
+    """
     return completion_logprobs(policy, prompts, tokens).gather(-1, tokens[..., None]).squeeze(-1)
 
 # ---- 3. Sampling groups that share an opening -----------------------------------------------------------------------
@@ -246,7 +254,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
             f"max_length must be at least 1; got {max_length}")
 
     log_r = (logprobs - old_logprobs).detach().masked_fill(~mask, 0.0)  # (B,G,T)
-    r = log_r.exp()  # the token's importance ratio: its probability now over its probability when it was sampled
+    r = log_r.exp()  # the token's importance ratio
     log_R = log_r.sum(dim=-1, keepdim=True)  # (B,G,1) the whole completion's
     largest = 0.8 * math.log(torch.finfo(r.dtype).max)  # 71 in float32: past any real ratio, and safe to sum afterwards
     A = advantages[..., None]  # (B,G,1); only its sign matters here
@@ -657,6 +665,7 @@ def kept_run(path: Path) -> dict | None:
 
 ARMS = {"off": "off", "on": "min", "orth": "orth"}  # the first word of an arm's label -> its transform
 EXPERIMENTS = ("failure-modes", "control", "frontier", "losses", "group-size", "adapt")
+MECHANISM = "mechanism"  # not a comparison of runs but a look into one
 
 def experiment_arms(experiment: str, base: Config) -> dict[str, Config]:
     """The experiment's configurations by label: `base`, with what the experiment itself sets."""
@@ -673,6 +682,10 @@ def experiment_arms(experiment: str, base: Config) -> dict[str, Config]:
     words = ARMS if experiment in ("failure-modes", "control", "frontier") else ("off", "on")
     return {f"{word} {suffix}".strip(): replace(base, transform=ARMS[word], **fields)
             for suffix, fields in settings.items() for word in words}
+
+def as_json(config: Config) -> dict:
+    """The fields of a configuration; JSON has no Infinity."""
+    return asdict(config) | ({"clip_eps": "inf"} if config.clip_eps == math.inf else {})
 
 def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds: list[int], out: Path, fresh: bool):
     """Train what is not kept yet -> (result as in EXPERIMENT.json, runs by (label, seed), messages of failed runs).
@@ -691,7 +704,6 @@ def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds
         runs[label, seed] = run
 
     failed = train_all(waiting, save)
-    as_json = lambda config: asdict(config) | ({"clip_eps": "inf"} if config.clip_eps == math.inf else {})
     result = {"experiment": name, "config": as_json(base), "arms": {}, "timing": {},
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
     for label, config in arms.items():
@@ -703,6 +715,28 @@ def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds
                                      "diagnostics": gather("curves", DIAGNOSTICS)}
             result["timing"][label] = dict(sum((Counter(run["timing"]) for run in each), Counter()))
     return result, runs, failed
+
+def mechanism(config: Config, seed: int) -> dict:
+    """One group of a real run: its advantages and, under each transform, its weights at the first token, a shared one.
+
+    It is the group of the tenth rollout that breaks Eq. 2 most, and the weights are those that one more inner step on
+    that rollout would have.
+    """
+    torch.set_num_threads(1)
+    task, generator = TASKS[config.task], named_generator(seed, "sampling")
+    reference = warm_start(task, seed)
+    policy = copy.deepcopy(reference)
+    optimizer = adamw(policy, config.lr)
+    for _ in range(10):
+        rollout = prompts, tokens, old_logprobs, mask, rewards = collect(policy, task, config, generator)
+        update(policy, reference, optimizer, config, *rollout)
+    logprobs, advantages = token_logprobs(policy, prompts, tokens), group_advantages(rewards)
+    weights = effective_weights(config.loss, logprobs, old_logprobs, advantages, mask, config.clip_eps)
+    group = cancellation_residual(weights, advantages)[:, 0].argmax()
+    under = {word: transform_weights(weights, advantages, mask, kind) for word, kind in ARMS.items()}
+    return {"experiment": MECHANISM, "config": as_json(config), "seed": seed, "prompt": decode(prompts[group]),
+            "completions": [decode(row) for row in tokens[group]], "advantages": advantages[group].tolist(),
+            "weights": {word: w[group, :, 0].tolist() for word, w in under.items()}}
 
 # ---- 15. Tables -----------------------------------------------------------------------------------------------------
 
@@ -753,8 +787,17 @@ def spread(values: list) -> str:
     missing = f" (n={len(defined)})" if len(defined) < len(values) else ""
     return f"{np.mean(defined):.2f}{deviation}{missing}" if defined else "none"
 
-def table(result: dict) -> str:
-    """Markdown: each arm's mean ± standard deviation over seeds; then paired differences with 95% intervals."""
+def mechanism_rows(result: dict) -> list[list[str]]:
+    """A row per trajectory: Â and its weights; then the mean push (1/G) Σ_i Â_i w_i on the shared token (Eq. 2)."""
+    A, weights = result["advantages"], result["weights"]
+    rows = zip(result["completions"], A, *weights.values())
+    push = [np.dot(A, w) / len(A) for w in weights.values()]
+    return [["completion", "Â", *(f"weight, {word}" for word in weights)],
+            *([text, f"{a:+.2f}", *(f"{x:.3f}" for x in w)] for text, a, *w in rows),
+            ["mean push", "", *(f"{x:+.3f}".replace("-0.000", "+0.000") for x in push)]]
+
+def arm_rows(result: dict) -> list[list[str]]:
+    """Each arm's mean ± standard deviation over seeds; then paired differences with 95% intervals."""
     columns, labels = columns_of(result), list(result["arms"])
     rows = [["arm", *columns]] + [[label, *(spread(column[label]) for column in columns.values())] for label in labels]
     pairs = [(label, word + label[3:]) for label in labels if label[:3] == "off" for word in ("on", "orth")]
@@ -763,6 +806,11 @@ def table(result: dict) -> str:
         for sign in signs if on in labels else ():
             cells = (compare(column[off], column[on], title, sign == "/") for title, column in columns.items())
             rows.append([f"{off} {sign} {on}", *cells])
+    return rows
+
+def table(result: dict) -> str:
+    """A result as a table in Markdown."""
+    rows = (mechanism_rows if result["experiment"] == MECHANISM else arm_rows)(result)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
@@ -792,11 +840,11 @@ def draw(result: dict, path: Path) -> None:
     import matplotlib  # here and not above: starting the program should not wait for it
     from matplotlib.figure import Figure
 
-    kind = {"failure-modes": draw_curves, "frontier": draw_frontier}.get(result["experiment"], draw_dots)
+    kinds = {"failure-modes": draw_curves, "frontier": draw_frontier, MECHANISM: draw_mechanism}
     plain = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with matplotlib.rc_context({**plain, "font.size": 11, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-        kind(figure, result)
+        kinds.get(result["experiment"], draw_dots)(figure, result)
         write_whole(path, figure.savefig)
 
 def draw_curves(figure, result: dict) -> None:
@@ -853,6 +901,26 @@ def draw_frontier(figure, result: dict) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     figure.legend(title=f"dots, small to large: learning rate {rates}", loc="outside upper right", ncols=3)
 
+def draw_mechanism(figure, result: dict) -> None:
+    """A row per trajectory: its advantage; under each transform its weight (light) and its push Â w (dark)."""
+    A, config = np.array(result["advantages"]), result["config"]
+    first, *panels = figure.subplots(1, 1 + len(result["weights"]), sharey=True)
+    first.barh(range(len(A)), A, color="0.6")
+    names = [f"{text}  {'right' if a > 0 else 'wrong'}" for text, a in zip(result["completions"], A)]
+    first.set(title="advantage Â", yticks=range(len(A) + 1), yticklabels=[*names, "mean push"])
+    first.invert_yaxis()
+    for axes, (word, w) in zip(panels, result["weights"].items()):
+        axes.barh(range(len(A)), w, color=COLOURS[word], alpha=0.35, label="weight w")
+        axes.barh(range(len(A)), A * w, height=0.3, color=COLOURS[word], label="push Â w")
+        axes.barh(len(A), np.mean(A * w), color="black")
+        axes.set(title=word)
+        axes.sharex(panels[0])
+    for axes in (first, *panels):
+        axes.axvline(0, color="0.35", lw=0.8)
+    opening = result["completions"][0][: config["fork"]]
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2,
+                  title=f"{config['loss']}, prompt {result['prompt']}, the opening {opening} is shared by all")
+
 # ---- 17. Command line -----------------------------------------------------------------------------------------------
 
 def seeds_from(text: str) -> list[int]:
@@ -877,7 +945,7 @@ def parser() -> argparse.ArgumentParser:
             ("lr", float, "learning rate"), ("kl", float, "weight of the KL to the warm-started policy"),
             ("clip-eps", float, "clip ratios outside 1 ± this; inf: no clip (default 0.04 for gspo, else 0.2)"),
             ("seeds", seeds_from, "N or A-B (default 0)"), ("out", Path, "folder for results (default runs)"),
-            ("experiment", EXPERIMENTS, "default failure-modes; the others set loss and transform")):
+            ("experiment", (*EXPERIMENTS, MECHANISM), "default failure-modes; the next five set loss and transform")):
         default = getattr(Config, name.replace("-", "_"), None)
         choice = {"type": kind} if callable(kind) else {"choices": kind}
         p.add_argument(f"--{name}", **choice, help=text if default is None else f"{text} (default {default})")
@@ -890,6 +958,12 @@ def arms_from(given: dict) -> tuple[str, Config, dict, list[str]]:
     name, word = given.get("experiment", "failure-modes"), given.get("transform", "both")
     fields = {k: v for k, v in given.items() if k in Config.__dataclass_fields__}
     base = Config(**fields | {"transform": "off"})
+    if name == MECHANISM:
+        extra = sorted(given.keys() & {"transform", "steps", "fresh"})
+        require(not extra, f"experiment {name} is always ten rollouts; leave out --{', --'.join(extra)}")
+        require(len(given.get("seeds", [0])) == 1, f"experiment {name} shows one seed; give --seeds a single number")
+        require(base.fork > 0, f"experiment {name} needs a shared token: --fork of at least 1")
+        return name, base, {}, []
     arms = experiment_arms(name, base)
     require(name != "frontier" or base.task != "add", "experiment frontier needs a task of several right answers")
     if name == "failure-modes":
@@ -922,13 +996,16 @@ def run(given: dict, command: str) -> int:
     if "plot" in given:
         extra = sorted(given.keys() - {"plot", "out", "experiment"})
         require(not extra, f"--plot trains nothing; leave out --{', --'.join(extra).replace('_', '-')}")
-        return plot_all(out, [given["experiment"]] if "experiment" in given else EXPERIMENTS)
+        return plot_all(out, [given["experiment"]] if "experiment" in given else [*EXPERIMENTS, MECHANISM])
     name, base, arms, wanted = arms_from(given)
     (out / ".cache").mkdir(parents=True, exist_ok=True)
-    result, runs, failed = run_experiment(name, base, arms, wanted, seeds, out, "fresh" in given)
+    if name == MECHANISM:
+        result, runs, failed = mechanism(base, seeds[0]), {}, []
+    else:
+        result, runs, failed = run_experiment(name, base, arms, wanted, seeds, out, "fresh" in given)
     for message in failed:
         print(f"tokrl.py: {message}", file=sys.stderr)
-    if result["arms"]:
+    if result.get("arms") != {}:  # empty where every run failed
         write_json(out / f"{name}.json", {"command": command, **result})
         draw(result, out / f"{name}.png")
         print(f"\n{table(result)}")
@@ -942,6 +1019,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         return run(vars(parser().parse_args(argv)), shlex.join(["python", "tokrl.py", *argv]))
+    except SystemExit as done:  # --help
+        return done.code
+    except FloatingPointError as error:
+        print(f"tokrl.py: mechanism diverged: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         hint = "; --out needs a folder that can be written, with space left" if isinstance(error, OSError) else ""
         print(f"tokrl.py: {error}{hint}", file=sys.stderr)
