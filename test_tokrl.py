@@ -1832,6 +1832,181 @@ def test_trl_toy_trains_as_the_readme_says(trl_toy, tmp_path, monkeypatch):
     assert (row["arm"], row["seed"]) == ("min", 100) and row["accuracy"] > 0.8
 
 
+# ---- The README's recipe for verl, against verl's own code where it is installed -------------------------------------
+
+
+@pytest.fixture
+def verl_loss(tmp_path, monkeypatch):
+    pytest.importorskip("verl")
+    for name in ("verl_loss.py", "verl_trainer.py"):
+        (tmp_path / name).write_text(readme_script(name), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("verl_loss", None)
+    return importlib.import_module("verl_loss")
+
+
+def verl_actor(loss_mode, mean="seq-mean-token-mean", low=0.2, high=0.2):
+    """verl's own configuration of an actor, groups of 4; without its dual clip, which the published losses lack."""
+    from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, PolicyLossConfig
+
+    return FSDPActorConfig(
+        rollout_n=4,
+        ppo_micro_batch_size_per_gpu=4,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=1e9,
+        loss_agg_mode=mean,
+        fsdp_config=FSDPEngineConfig(),
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+    )
+
+
+def verl_rows(seed, groups=4, T=7):
+    """(N,T) old and new log-probabilities, verl's own advantages, masks with unequal lengths and holes; lengths."""
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+
+    generator, N = named_generator(seed, "verl"), 4 * groups
+    lengths = torch.randint(2, T + 1, (N,), generator=generator)
+    mask = torch.arange(T) < lengths[:, None]
+    mask[:, 1] &= torch.rand(N, generator=generator) < 0.8
+    old = -3 * torch.rand(N, T, generator=generator, dtype=torch.float64)
+    new = old + 0.3 * torch.randn(N, T, generator=generator, dtype=torch.float64)
+    right = torch.rand(groups, 4, generator=generator).argsort(dim=1) < torch.randint(1, 4, (groups, 1))
+    scores = torch.zeros(N, T, dtype=torch.float64)
+    scores[:, 0] = right.flatten().double()
+    advantages, _ = compute_grpo_outcome_advantage(scores, mask, np.arange(N) // 4)
+    return old, new, advantages, mask, lengths
+
+
+VERLS_OWN = [  # ours, verl's own, its mean, clip
+    ("gspo", "gspo", "seq-mean-token-mean", 0.04, 0.04),
+    ("grpo", "vanilla", "seq-mean-token-mean", 0.2, 0.2),
+    ("dapo", "vanilla", "token-mean", 0.2, 0.28),
+    ("cispo", "cispo", "token-mean", 1.0, 0.2),  # low = 1: verl's lower bound, which CISPO lacks, does not bind
+]
+
+
+def verl_gradient(config, old, new, advantages, mask):
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+
+    new = new.clone().requires_grad_()
+    config.global_batch_info.update(dp_size=2, batch_num_tokens=999, global_batch_size=48, loss_scale_factor=None)
+    registered = get_policy_loss_fn(config.policy_loss.loss_mode)
+    loss, metrics = registered(old, new, advantages, mask, config.loss_agg_mode, config)
+    return torch.autograd.grad(loss, new)[0], metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss, theirs, mean, low, high", VERLS_OWN)
+def test_verl_recipe_is_verls_own_gradient(verl_loss, loss, theirs, mean, low, high):
+    for seed in range(5):
+        *rows, _ = verl_rows(seed)
+        want, _ = verl_gradient(verl_actor(theirs, mean, low, high), *rows)
+        got, metrics = verl_gradient(verl_actor(f"tokrl_{loss}_off", mean, low, high), *rows)
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-15) and want.abs().max() > 1e-3
+        assert loss == "cispo" or 0 < metrics["actor/zero_weights"] < 1  # the clip is active
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("loss, mean", [("gspo", "seq-mean-token-mean"), ("dapo", "token-mean")])
+def test_verl_recipe_in_the_workers_loss_and_in_micro_batches(verl_loss, loss, mean, transform):
+    """verl's ppo_loss on its own micro-batches of two ranks, gradients added up: tokrl.policy_loss on the whole."""
+    from verl.utils import tensordict_utils
+    from verl.workers.engine.utils import prepare_micro_batches
+    from verl.workers.utils.losses import ppo_loss
+
+    old, new, advantages, mask, lengths = verl_rows(1)
+    leaf, G, P = new.clone().requires_grad_(), 4, 3
+    nest = lambda x: torch.nested.as_nested_tensor([row[:n] for row, n in zip(x, lengths)], layout=torch.jagged)
+    ids = torch.arange(len(new))[:, None].expand(-1, 7)  # a row's number, in place of its tokens
+    parts = {"response_mask": mask.long(), "loss_mask": mask.long(), "advantages": advantages, "old_log_probs": old}
+    parts = {name: nest(x) for name, x in parts.items()} | {"responses": nest(ids)}
+    whole = [torch.cat([ids[i, :1].expand(P), ids[i, :n]]) for i, n in enumerate(lengths)]
+    parts["input_ids"] = torch.nested.as_nested_tensor(whole, layout=torch.jagged)
+    parts["prompts"] = torch.nested.as_nested_tensor([row[:P] for row in whole], layout=torch.jagged)
+    data = tensordict_utils.get_tensordict(parts, non_tensor_dict=dict(global_batch_size=len(new)))
+    config = verl_actor(f"tokrl_{loss}_{transform}", mean, 0.1, 0.1)
+    for rank in tensordict_utils.chunk_tensordict(data, 2):
+        tensordict_utils.assign_non_tensor(
+            rank, batch_num_tokens=int(mask.sum()), dp_size=2, use_dynamic_bsz=False, micro_batch_size_per_gpu=G
+        )
+        for micro in prepare_micro_batches(rank)[0]:
+            rows = [int(row[0]) for row in micro["input_ids"].unbind()]
+            scored = [torch.nn.functional.pad(leaf[i, : lengths[i]], (P - 1, 1)) for i in rows]  # j scores token j + 1
+            scored = torch.nested.as_nested_tensor(scored, layout=torch.jagged)
+            ppo_loss(config, {"log_probs": scored}, micro)[0].backward()
+    again = new.clone().requires_grad_()
+    grouped = [x.unflatten(0, (-1, G)) for x in (again, old, advantages.sum(1) / mask.sum(1), mask)]
+    policy_loss(*grouped, loss, transform, 0.1).backward()
+    assert torch.allclose(leaf.grad / 2, again.grad, rtol=1e-6, atol=1e-9) and again.grad.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_verl_recipe_refuses_broken_groups(verl_loss):
+    *rows, _ = verl_rows(2)
+    for change, says in (
+        (lambda x: x[:14], "^14 rows are not a multiple of rollout.n = 4$"),
+        (lambda x: x.roll(1, dims=0), "^4 consecutive rows are not one group"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            verl_gradient(verl_actor("tokrl_gspo_min"), *map(change, rows))
+    with pytest.raises(ValueError, match="needs actor.loss_agg_mode=seq-mean-token-mean; got token-mean"):
+        verl_gradient(verl_actor("tokrl_gspo_min", "token-mean"), *rows)
+
+
+def verl_config():
+    """verl's configuration with the README's settings."""
+    import verl.trainer.config
+    from hydra import compose, initialize_config_dir
+
+    block = README[README.index("algorithm.adv_estimator=grpo") :]
+    settings = block[: block.index("```")].split()
+    others = ["actor_rollout_ref.rollout.name=vllm", "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8"]
+    with initialize_config_dir(os.path.dirname(verl.trainer.config.__file__), version_base=None):
+        return compose("ppo_trainer", [*settings, *others, "trainer.n_gpus_per_node=4", "trainer.nnodes=1"])
+
+
+@pytest.mark.slow
+def test_verl_accepts_the_readmes_settings(verl_loss):
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    config = verl_config()
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert (actor.rollout_n, actor.policy_loss.loss_mode) == (8, "tokrl_gspo_min")
+    assert config.trainer.v1.trainer_mode == "whole_groups"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_verl_trainer_keeps_groups_whole_where_verls_own_does_not(verl_loss, ranks):
+    """Rows that finished in random order, as each trainer deals them out to the ranks: uids of each micro-batch."""
+    pytest.importorskip("transfer_queue")
+    from types import SimpleNamespace
+
+    from transfer_queue import KVBatchMeta
+    from verl.trainer.ppo.v1 import PPOTrainerSync
+
+    order = torch.randperm(128, generator=named_generator(0, "verl")).tolist()
+    for trainer, whole in ((importlib.import_module("verl_trainer").WholeGroups, True), (PPOTrainerSync, False)):
+        self = trainer.__new__(trainer)
+        self.config, self.use_critic, self.global_steps, self.tokenizer = (
+            verl_config(),
+            False,
+            1,
+            SimpleNamespace(eos_token_id=0),
+        )
+        self.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
+        tags = [{"seq_len": 5 + (37 * i) % 400} for i in order]
+        rows = KVBatchMeta(keys=[f"{i // 8:04x}_{i % 8}_0" for i in order], tags=tags, partition_id="train")
+        shares = self._balance_batch(rows, metrics={}).chunk(ranks)
+        groups = [
+            {key.split("_")[0] for key in share.keys[i : i + 8]} for share in shares for i in range(0, 128 // ranks, 8)
+        ]
+        assert all(len(uids) == 1 for uids in groups) == whole
+
+
 # ---- The exercises' checks notice what is missing and what is wrong --------------------------------------------------
 
 
