@@ -1639,17 +1639,68 @@ def test_every_name_of_the_maps_exists():
         assert f"\n| {place}" in section or f", {place}" in section, place
 
 
-def test_every_command_of_the_readme_is_understood():
+def readme_commands():
+    """The options of every `python tokrl.py ...` in the README, as parsed."""
     lines = re.findall(r"`(python tokrl\.py[^`]*)`", README) + re.findall(
         r"^(python tokrl\.py.*?)(?:  +.*)?$", README, re.M
     )
-    assert len(lines) > 15
-    for line in set(lines) - {"python tokrl.py --help"}:
-        given = vars(tokrl.parser().parse_args(line.split()[2:]))
+    assert len(set(lines)) > 25
+    return [
+        vars(tokrl.parser().parse_args(line.split()[2:])) for line in sorted(set(lines) - {"python tokrl.py --help"})
+    ]
+
+
+def test_every_command_of_the_readme_is_understood():
+    for given in readme_commands():
         if "plot" not in given:
             tokrl.arms_from(given)
     for option in re.findall(r"`(--[a-z-]+)", README):
         assert option in tokrl.parser().format_help(), option
+
+
+@pytest.mark.slow
+def test_every_training_command_of_the_readme_trains():
+    """One rollout of each arm; the outputs that the README quotes are tables, which other tests compare."""
+    quick = lambda config: replace(config, steps=1, prompts=1, adapt=min(config.adapt, 1))
+    arms = {
+        quick(arm) for given in readme_commands() if "plot" not in given for arm in tokrl.arms_from(given)[2].values()
+    }
+    assert len(arms) > 40
+    for config in sorted(arms, key=lambda config: config.task):  # a warm start is kept for the task it was for
+        run = tokrl.train(config, 100)
+        assert len(run["curves"]["step"]) == 2 + config.adapt and run["final"]["accuracy"] > 0.1
+
+
+def test_the_one_line_commands_of_the_readme_print_what_it_says():
+    commands = re.findall(r'`python -c "([^"]+)"`', README)
+    assert commands == ["print(.35**8 + .65**8)"]
+    assert f'{commands[0]}"`: {0.35**8 + 0.65**8:.3f} |' in README
+    assert "usage: tokrl.py" in tokrl.parser().format_help()
+
+
+def test_defaults_are_the_same_in_help_readme_and_config():
+    text, base = " ".join(tokrl.parser().format_help().split()), Config()
+    for name in ("loss", "task", "group_size", "prompts", "inner_steps", "steps", "lr", "kl"):
+        option = text[text.rindex(f"--{name.replace('_', '-')} ") :]
+        assert f"(default {getattr(base, name)})" in option.split(" --")[0], name
+    said = (
+        f"loss `{base.loss}` with clip {base.clip_eps} on `{base.task}`, fork {base.fork}, {base.prompts} prompts with "
+        f"{base.group_size} completions each, {base.inner_steps} inner steps, {base.steps} rollouts, learning rate "
+        f"{base.lr}, KL {base.kl}, seed 0, into `runs`."
+    )
+    assert said in " ".join(README.split())
+    assert "default 0.04 for gspo, else 0.2" in text and "commute: 2" in text
+
+
+def test_the_formulas_of_the_readme_are_well_formed():
+    """In the notation that GitHub renders: $$ ... $$ on a line of its own, $` ... `$ in a text."""
+    from matplotlib import mathtext
+
+    formulas = re.findall(r"^\$\$ (.+) \$\$$", README, re.M) + re.findall(r"\$`(.+?)`\$", README)
+    assert len(formulas) == 6 and README.count("$") == 2 * len(formulas) + 2 * 2  # two of them are $$
+    parser = mathtext.MathTextParser("agg")
+    for formula in formulas:
+        parser.parse(f"${formula}$")
 
 
 @pytest.mark.slow
