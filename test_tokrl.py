@@ -1346,7 +1346,7 @@ def test_ctrl_c_a_dead_worker_and_a_dead_parent(tmp_path):
     process, pids = started("--steps", 20)
     os.kill(pids[0], signal.SIGKILL)
     status, out, err = outcome(process)
-    (died,) = re.findall(r"tokrl.py: (on|off), seed 0: its process died; the same command continues", err)
+    (died,) = re.findall(r"tokrl.py: (on|off), seed 0 died: the same command continues", err)
     assert status == 1 and "Traceback" not in err and gone(pids)
     if tokrl.CORES > 1:  # the other arm finishes; a lone worker takes everything with it
         assert list(results(tmp_path)["arms"]) == [{"on": "off", "off": "on"}[died]]
@@ -1363,6 +1363,10 @@ def test_a_diverging_run_is_named_and_the_others_finish(tmp_path):
     assert re.search(r"tokrl.py: off, seed 0 diverged: rollout \d+, ", err) and re.search(
         r"on, seed 0 diverged: rollout", err
     )
+    tiny, saved = Config(steps=1, prompts=1), []
+    units = [("wild", replace(tiny, lr=1e30, steps=3), 0), ("tame", tiny, 0)]
+    (message,) = tokrl.train_all(units, lambda label, seed, run: saved.append((label, seed, run["curves"]["step"])))
+    assert message.startswith("wild, seed 0 diverged: rollout") and saved == [("tame", 0, [0, 1])]
 
 
 @pytest.mark.parametrize(
@@ -1383,12 +1387,20 @@ def test_plot_names_a_result_whose_arms_or_curves_are_not_those_of_the_program(t
     renamed, cut = read("control"), read("failure-modes")
     renamed["arms"]["of"] = renamed["arms"].pop("off")
     cut["arms"]["on"]["curves"]["accuracy"][0].pop()
+    (tmp_path / "frontier.json").write_text(json.dumps(read("losses")))
     (tmp_path / "control.json").write_text(json.dumps(renamed))
     (tmp_path / "failure-modes.json").write_text(json.dumps(cut))
     assert tokrl.main(["--plot", "--out", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 2 == err.count("is not a whole result")
-    assert {p.name for p in tmp_path.iterdir()} == {"control.json", "failure-modes.json"}
+    assert out == "" and err.count("\n") == 3 == err.count("is not a whole result") and "it holds losses" in err
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"curves": 1}', "null"])
+def test_a_kept_run_that_is_something_else_is_named_and_ignored(content, tmp_path, capsys):
+    (tmp_path / "run.json").write_text(content)
+    assert tokrl.kept_run(tmp_path / "run.json") is None and tokrl.kept_run(tmp_path / "none.json") is None
+    assert capsys.readouterr().err == f"{tmp_path / 'run.json'} is not a finished run: it is ignored\n"
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -586,15 +586,16 @@ def start_worker(context):
     theirs.close()  # so that a dead worker reads as the end of the file
     return ours, process
 
-def show_progress(bar: tqdm, name: str, config: Config, row: dict, before: int) -> None:
-    """Show one evaluation beside the bar; where there is no terminal, print a line per 50 rollouts."""
-    step, last = row["step"], config.steps + config.adapt
+def show_progress(name: str, bar: tqdm, row: dict) -> None:
+    """Put one evaluation on its run's live bar; where there is no terminal, print a line per 50 rollouts."""
     shown = [k for k in ("accuracy", "solution_entropy", "residual") if row.get(k) is not None]
-    text = f"{name}: rollout {step}/{last}, " + ", ".join(f"{MEASURES[k]} {row[k]:.2f}" for k in shown)
-    bar.set_postfix_str(text, refresh=False)
-    bar.update(step - before)
-    if bar.disable and (step // 50 > before // 50 or step in (0, last)):
-        print(text, file=sys.stderr, flush=True)
+    text = ", ".join(f"{MEASURES[k]} {row[k]:.2f}" for k in shown)
+    if bar.disable and (row["step"] // 50 > bar.n // 50 or row["step"] in (0, bar.total)):
+        print(f"{name}: rollout {row['step']}/{bar.total}, {text}", file=sys.stderr, flush=True)
+    if row["step"] == 0:
+        bar.unpause()  # the clock and the rate start after the warm start
+    bar.n = row["step"]
+    bar.set_postfix_str(text)
 
 def train_all(units: list, save) -> list[str]:
     """Train every (label, config, seed), one process per core, and save(label, seed, run) each as it finishes.
@@ -602,8 +603,6 @@ def train_all(units: list, save) -> list[str]:
     Returns a message for each run that diverged or whose process died; the others finish.
     """
     context, waiting, workers, busy, failed = multiprocessing.get_context("spawn"), units[::-1], {}, {}, []
-    bar = tqdm(total=sum(config.steps + config.adapt for _, config, _ in units), disable=None, leave=False,
-               dynamic_ncols=True, bar_format="{l_bar}{bar}| {remaining} left{postfix}", postfix="warm start")
     try:
         workers.update(start_worker(context) for _ in range(min(len(units), CORES)))
         idle = list(workers)
@@ -612,23 +611,26 @@ def train_all(units: list, save) -> list[str]:
                 connection, (label, config, seed) = idle.pop(), waiting.pop()
                 with contextlib.suppress(BrokenPipeError):  # its process has died: the next recv says so
                     connection.send((config, seed))
-                busy[connection] = label, config, seed, 0
+                bar = tqdm(desc=f"{label}, seed {seed}", total=config.steps + config.adapt, unit=" rollouts",
+                           position=list(workers).index(connection), leave=False, dynamic_ncols=True, disable=None)
+                bar.set_postfix_str("warm start")
+                busy[connection] = label, seed, bar
             for connection in wait(list(busy)):
-                label, config, seed, step = busy.pop(connection)
+                label, seed, bar = busy[connection]
                 name = f"{label}, seed {seed}"
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    failed.append(f"{name}: its process died; the same command continues with what is missing")
-                    continue
+                    kind, value = "died", "the same command continues with what is missing"
                 if kind == "row":
-                    show_progress(bar, name, config, value, step)
-                    busy[connection] = label, config, seed, value["step"]
+                    show_progress(name, bar, value)
                     continue
-                save(label, seed, value) if kind == "done" else failed.append(f"{name} diverged: {value}")
-                idle.append(connection)
+                save(label, seed, value) if kind == "done" else failed.append(f"{name} {kind}: {value}")
+                bar.close()
+                del busy[connection]
+                if kind != "died":
+                    idle.append(connection)
     finally:
-        bar.close()
         for process in workers.values():
             process.kill()
     return failed
@@ -656,10 +658,13 @@ def write_json(path: Path, data: dict) -> None:
 
 def kept_run(path: Path) -> dict | None:
     """A run that was finished earlier, or None; a file that is something else is named and ignored."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else None
-    except ValueError:
+    if path.exists():
+        with contextlib.suppress(ValueError, AttributeError):
+            run = json.loads(path.read_text())
+            if {"curves", "final", "examples", "samples", "timing"} <= run.keys():
+                return run
         print(f"{path} is not a finished run: it is ignored", file=sys.stderr)
+    return None
 
 # ---- 14. Experiments: lists of labelled configurations --------------------------------------------------------------
 
@@ -850,18 +855,24 @@ def draw(result: dict, path: Path) -> None:
 def draw_curves(figure, result: dict) -> None:
     """The three failure modes over training, accuracy below: mean over seeds, band from the lowest to the highest."""
     for measure, axes in figure.subplot_mosaic([list(PANELS)[:3], ["accuracy"] * 3], height_ratios=(5, 2)).items():
+        ends = {}
         for label, arm in result["arms"].items():
             steps, rows = arm["curves"]["step"], np.array(arm["curves"][measure], dtype=float)  # None becomes nan
-            axes.plot(steps, rows.mean(0), STYLES[label], color=COLOURS[label], lw=2, label=label)
+            axes.plot(steps, rows.mean(0), STYLES[label], color=COLOURS[label], lw=2)
             axes.fill_between(steps, rows.min(0), rows.max(0), color=COLOURS[label], alpha=0.15, lw=0)
+            ends[label] = rows.mean(0)[-1]
         axes.set(title=PANELS[measure], ylabel=MEASURES[measure], xlabel="rollouts", xlim=(0, steps[-1]))
         axes.set_ylim(0, 1.03 if measure in ("accuracy", "solution_entropy") else None)
         if np.isnan(rows).all():
             axes.text(0.5, 0.5, "one right answer:\nnot defined", transform=axes.transAxes, ha="center", color="0.35")
+        elif measure != "accuracy":  # there the lines lie on one another
+            place = -math.inf
+            for label in sorted(ends, key=ends.get):  # names at the ends of the lines, pushed apart
+                place = max(ends[label], place + 0.07 * axes.get_ylim()[1])
+                axes.text(1.02, place, label, transform=axes.get_yaxis_transform(), color=COLOURS[label], va="center")
     seeds, config = arm["seeds"], result["config"]
     spread = f"mean of seeds {seeds[0]}-{seeds[-1]}, band: lowest to highest" if len(seeds) > 1 else f"seed {seeds[0]}"
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=3,
-                  title=f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}")
+    figure.supxlabel(f"{config['loss']}, {config['task']}, fork {config['fork']}; {spread}", fontsize=10, color="0.35")
 
 def draw_interval(axes, x: list, y: list, colour: str, size: float = 6) -> tuple[float, float]:
     """A dot at the means of x and y (one value per seed), a line along each one's 95% interval; returns the means."""
@@ -981,6 +992,7 @@ def plot_all(out: Path, names) -> int:
     for path in paths:
         try:
             result = json.loads(path.read_text())
+            require(result["experiment"] == path.stem, f"it holds {result['experiment']}")
             text = f"\n{path.with_suffix('.png')}, from: {result['command']}\n\n{table(result)}"
             draw(result, path.with_suffix(".png"))
             print(text)
