@@ -1812,7 +1812,8 @@ def test_trl_recipe_makes_the_update_of_trl_itself(trl_toy, loss, slices):
     trls = dict(loss_type="grpo" if loss == "gspo" else loss, importance_sampling_level=level)
     logs = {}
     for arm in ("stock", "off"):
-        arguments = SIX_STEPS | slices | trls | {"epsilon": 0.04 if loss == "gspo" else 0.2}
+        clip = dict(epsilon=0.03, epsilon_high=0.05) if loss == "gspo" else dict(epsilon=0.2, epsilon_high=0.28)
+        arguments = SIX_STEPS | slices | trls | clip
         trainer = trl_toy.toy_trainer(trl_toy.warm_model(100, steps=40).double(), arm, loss=loss, **arguments)
         trainer.train()
         logs[arm] = [log for log in trainer.state.log_history if "grad_norm" in log]
