@@ -1488,6 +1488,7 @@ def test_the_mechanism_is_drawn_from_numbers_that_hang_together():
     A, weights = tensor([result["advantages"]]), {k: tensor([w])[..., None] for k, w in result["weights"].items()}
     texts, prompt = result["completions"], result["prompt"]
     rewards = tensor([[COMMUTE.reward(prompt, text) for text in texts]])
+    assert rewards.tolist() == [result["rewards"]]
     assert len({text[: COMMUTE.fork] for text in texts}) == 1 and len(texts) == 8
     assert torch.allclose(group_advantages(rewards), A, atol=1e-6)
     for word in ("on", "orth"):

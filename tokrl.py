@@ -740,7 +740,8 @@ def mechanism(config: Config, seed: int) -> dict:
     group = cancellation_residual(weights, advantages)[:, 0].argmax()
     under = {word: transform_weights(weights, advantages, mask, kind) for word, kind in ARMS.items()}
     return {"experiment": MECHANISM, "config": as_json(config), "seed": seed, "prompt": decode(prompts[group]),
-            "completions": [decode(row) for row in tokens[group]], "advantages": advantages[group].tolist(),
+            "completions": [decode(row) for row in tokens[group]], "rewards": rewards[group].tolist(),
+            "advantages": advantages[group].tolist(),
             "weights": {word: w[group, :, 0].tolist() for word, w in under.items()}}
 
 # ---- 15. Tables -----------------------------------------------------------------------------------------------------
@@ -915,9 +916,10 @@ def draw_frontier(figure, result: dict) -> None:
 def draw_mechanism(figure, result: dict) -> None:
     """A row per trajectory: its advantage; under each transform its weight (light) and its push Â w (dark)."""
     A, config = np.array(result["advantages"]), result["config"]
+    figure.set_size_inches(9, 1.8 + 0.4 * len(A))
     first, *panels = figure.subplots(1, 1 + len(result["weights"]), sharey=True)
     first.barh(range(len(A)), A, color="0.6")
-    names = [f"{text}  {'right' if a > 0 else 'wrong'}" for text, a in zip(result["completions"], A)]
+    names = [f"{text}  {'right' if r else 'wrong'}" for text, r in zip(result["completions"], result["rewards"])]
     first.set(title="advantage Â", yticks=range(len(A) + 1), yticklabels=[*names, "mean push"])
     first.invert_yaxis()
     for axes, (word, w) in zip(panels, result["weights"].items()):
