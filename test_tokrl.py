@@ -311,6 +311,8 @@ def test_transforms_by_hand():
     assert torch.equal(transform_weights(w, A, mask, "off"), w * mask)
     # Eq. 17: min over the alive: min(1, 2, 6) = 1; min(4, 2) = 2; the lone survivor keeps 7; nobody: 0
     assert torch.equal(transform_weights(w, A, mask, "min"), tensor([[[1.0, 2, 0, 0], [1, 0, 7, 0], [1, 2, 0, 0]]]))
+    zero = tensor([[[0.0], [2.0], [3.0]]])  # a clipped trajectory is alive: it counts, and silences its group
+    assert torch.equal(transform_weights(zero, A, torch.ones(1, 3, 1), "min"), zero * 0)
     # Eq. 18, first place: Âᵀw = 1 + 2 − 12 = −9, ‖Â‖² = 6, w + 1.5 Â = (2.5, 3.5, 3)
     # second, over trajectories 1 and 3: Âᵀw = 4 − 4 = 0, unchanged; third: 7 − 7 = 0
     orth = transform_weights(w, A, mask, "orth")
@@ -707,11 +709,16 @@ def test_eq2(loss, verdict):
 
 
 def test_own_losses_satisfy_eq2():
-    """What a reader adds to LOSSES (an exercise asks for a loss of which this is true)."""
+    """What a reader adds to LOSSES (an exercise asks for a clipped loss that satisfies Eq. 2)."""
     published = {"reinforce", "grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo", "seq"}
     assert published <= set(LOSSES)
+    log_r = tensor([0.02, 3.0, 4.0]).log1p().view(3, 1, 1).expand(3, 2, 1)  # ratios 1.02, 4 and 5
     for loss in set(LOSSES) - published:
         assert audit_eq2(loss)[3] == "holds", loss
+        w = effective_weights(loss, log_r, log_r * 0, tensor([[1.0, -1.0]] * 3), torch.ones(3, 2, 1))
+        assert torch.equal(w[1], w[2]), f"{loss}: past the clip a larger ratio must not count for more"
+        unmoved = effective_weights(loss, log_r * 0, log_r * 0, tensor([[1.0, -1.0]] * 3), torch.ones(3, 2, 1))
+        assert not torch.equal(w[0], unmoved[0]), f"{loss}: within the clip the ratio must count"
 
 
 @pytest.mark.parametrize("transform", ["min", "orth"])
@@ -2106,7 +2113,7 @@ EXERCISES = {  # number: check, then what a reader may leave or write: a stub an
         "transforms_by_hand or eq17",
         (f"w = {MIN}", UNFINISHED),
         (MIN, MIN.replace("math.inf", "0.0")),  # the dead win
-        (MIN, MIN.replace("dim=1", "dim=(1, 2)")),  # over the positions too
+        (MIN, MIN.replace("~alive,", "~alive | (weights == 0),")),  # the clipped do not count
     ),
     4: (
         "transforms_by_hand or eq17",
@@ -2130,7 +2137,7 @@ EXERCISES = {  # number: check, then what a reader may leave or write: a stub an
         "own_losses or padding or gradient_is",
         own_loss(UNFINISHED),
         own_loss("w = clipped(r) / L"),  # a clip that looks at the sign
-        own_loss("w = r.clamp(1 - low, 1 + high) / n"),  # lengths
+        own_loss("w = torch.ones_like(r) / L"),  # no ratio, so no clip
     ),
     8: (
         "task or demonstrations or brute_force",
@@ -2168,6 +2175,10 @@ def test_an_exercises_check_fails_for_a_stub_and_for_wrong_solutions(number, tmp
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # for a console without ρ or −
+    print(
+        "ρ: ratio of the shared token, u: product of the other ratios, η: step size, κ: weight of a solution, c(x): the"
+    )
+    print("geometry's share, h*: the place of the shared token, gᵀFg: squared size of a step (F: Fisher matrix)\n")
     for audit, *arguments in AUDIT:
         place, statement, numbers, verdict = audit(*arguments)
         print(f"{place:<12} {statement}\n{'':12} {numbers}\n{'':12} -> {verdict}")

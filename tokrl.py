@@ -239,8 +239,8 @@ def checked_mask(advantages, mask, **tensors):
 def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=None, max_length=None):
     """The weight w_{i,t} of every token under `loss`, one of LOSSES: exactly 0 off the mask, and without gradient.
 
-    logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool or 0/1, holes allowed -> (B,G,T).
-    clip_eps: a number, or (low, high); inf means no clip; None means 0.04 for gspo and 0.2 for the others.
+    logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool or 0/1 in any pattern -> (B,G,T).
+    clip_eps: a number, or (low, high); inf means no clip; None means 0.04 for gspo, 0.2 for the others that clip.
     max_length: the constant length L of reinforce, dr_grpo, grpo_sym and seq; None means T.
     Raises ValueError naming an unknown loss, a wrong shape or dtype, or a clip_eps or max_length out of range.
     """
@@ -311,8 +311,9 @@ def transform_weights(weights, advantages, mask, kind):
 def policy_loss(logprobs, old_logprobs, advantages, mask, loss="gspo", transform="off", clip_eps=None, max_length=None):
     """−(1/BG) Σ_{i,t} Â_i sg[w̃_{i,t}] log π(a_{i,t} | h_{i,t}): a scalar with the gradient of `loss` and `transform`.
 
-    The gradient is the point, not the value, which is not the published objective's. A trajectory whose mask is all
-    zero adds nothing and still counts in BG. Shapes, units and errors as in effective_weights and transform_weights.
+    sg: stop-gradient; h: the prompt and the text so far. The gradient is the point, not the value, which is not the
+    published objective's. A trajectory whose mask is all zero adds nothing and still counts in BG. Shapes, units and
+    errors as in effective_weights and transform_weights.
     """
     weights = effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps, max_length)
     weights = transform_weights(weights, advantages, mask, transform)
@@ -324,6 +325,11 @@ def cancellation_residual(weights, advantages):
     require(weights.dim() == 3 and weights.shape[:2] == advantages.shape,
             f"need weights (B,G,T) and advantages (B,G); got {tuple(weights.shape)} and {tuple(advantages.shape)}")
     return (advantages[..., None] * weights).mean(dim=1).abs()
+
+def relative_residual(weights, advantages) -> float:
+    """Mean over groups and positions of |Σ_i Â_i w_i| / Σ_i |Â_i w_i|: from 0 (all cancels, or nothing pushes) to 1."""
+    total = (advantages[..., None] * weights).abs().mean(dim=1)  # (B,T)
+    return (cancellation_residual(weights, advantages) / total.masked_fill(total == 0, 1.0)).mean().item()
 
 # ---- 8. Warm start: a policy that knows the form of the task and gets a third of it right ---------------------------
 
@@ -418,11 +424,6 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, old_lo
 MEASURES = {"accuracy": "accuracy", "solution_entropy": "solution entropy", "solution_drift": "solution drift (nats)",
             "learning_tax": "learning tax (nats)", "residual": "residual", "reward": "sampled reward"}  # name: title
 DIAGNOSTICS = ("token_entropy", "kl", "grad_norm")  # logged beside them
-
-def relative_residual(weights, advantages) -> float:
-    """Mean over groups and positions of |Σ_i Â_i w_i| / Σ_i |Â_i w_i|: from 0 (all cancels, or nothing pushes) to 1."""
-    total = (advantages[..., None] * weights).abs().mean(dim=1)  # (B,T)
-    return (cancellation_residual(weights, advantages) / total.masked_fill(total == 0, 1.0)).mean().item()
 
 @functools.cache
 def solution_table(task: Task):
@@ -548,12 +549,12 @@ def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
         final[name] = six_digits(sum(last) / len(last)) if last else None
     texts, then, now = task.prompts(), solution_logprobs(reference, task).exp(), solution_logprobs(policy, task).exp()
     asked = (len(texts) // 3, 2 * len(texts) // 3, 0)  # the places of three prompts
-    examples = [[texts[i] + y, then[i, j].item(), now[i, j].item()]
+    examples = [[f"{texts[i]} {y}", then[i, j].item(), now[i, j].item()]
                 for i in asked[:2] for j, y in enumerate(task.solutions(texts[i])[:2])]
     prompts, generator = prompt_tokens([texts[i] for i in asked]), named_generator(seed, "evaluation")
     tokens = sample_groups(policy, prompts, 1, 0, task.max_completion, generator)[0]
     judged = [(texts[i], text, task.reward(texts[i], text)) for i, text in zip(asked, map(decode, tokens[:, 0]))]
-    samples = [f"{prompt}{text} ({'right' if reward else 'wrong'})" for prompt, text, reward in judged]
+    samples = [f"{prompt} {text} ({'right' if reward else 'wrong'})" for prompt, text, reward in judged]
     return {"curves": curves, "final": final, "examples": examples, "samples": samples}
 
 # =====================================================================================================================
@@ -746,6 +747,8 @@ def mechanism(config: Config, seed: int) -> dict:
 
 # ---- 15. Tables -----------------------------------------------------------------------------------------------------
 
+DECIMALS = defaultdict(lambda: 2, residual=4)  # residuals are small numbers
+
 def reached(arm: dict, row: int, after: int = 0, level: float = 0.9) -> int | None:
     """Index of the first evaluation past rollout `after` with an accuracy of at least `level`; None: there is none."""
     points = zip(arm["curves"]["step"], arm["curves"]["accuracy"][row])
@@ -783,15 +786,16 @@ def compare(off: list, on: list, title: str, ratio: bool) -> str:
         return ""
     if ratio and "entropy" in title:
         pairs = [(1 - a, 1 - b) for a, b in pairs]
-    value, low, high = bootstrap(*zip(*pairs), np.divide if ratio else np.subtract)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]" if ratio else f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    sign = "" if ratio else "+"
+    each = [f"{x:{sign}.{DECIMALS[title]}f}" for x in bootstrap(*zip(*pairs), np.divide if ratio else np.subtract)]
+    return "{} [{}, {}]".format(*each)
 
-def spread(values: list) -> str:
+def spread(values: list, title: str) -> str:
     """Mean ± standard deviation over the seeds where the value is defined, and their number if that is not all."""
-    defined = [v for v in values if v is not None]
-    deviation = f" ± {np.std(defined, ddof=1):.2f}" if len(defined) > 1 else ""
+    defined, digits = [v for v in values if v is not None], DECIMALS[title]
+    deviation = f" ± {np.std(defined, ddof=1):.{digits}f}" if len(defined) > 1 else ""
     missing = f" (n={len(defined)})" if len(defined) < len(values) else ""
-    return f"{np.mean(defined):.2f}{deviation}{missing}" if defined else "none"
+    return f"{np.mean(defined):.{digits}f}{deviation}{missing}" if defined else "none"
 
 def mechanism_rows(result: dict) -> list[list[str]]:
     """A row per trajectory: Â and its weights; then the mean push (1/G) Σ_i Â_i w_i on the shared token (Eq. 2)."""
@@ -805,7 +809,8 @@ def mechanism_rows(result: dict) -> list[list[str]]:
 def arm_rows(result: dict) -> list[list[str]]:
     """Each arm's mean ± standard deviation over seeds; then paired differences with 95% intervals."""
     columns, labels = columns_of(result), list(result["arms"])
-    rows = [["arm", *columns]] + [[label, *(spread(column[label]) for column in columns.values())] for label in labels]
+    rows = [["arm", *columns]]
+    rows += [[label, *(spread(each[label], title) for title, each in columns.items())] for label in labels]
     pairs = [(label, word + label[3:]) for label in labels if label[:3] == "off" for word in ("on", "orth")]
     signs = "−/" if result["experiment"] == "failure-modes" else "−"
     for off, on in pairs if len(result["arms"][labels[0]]["seeds"]) > 1 else ():
@@ -926,6 +931,8 @@ def draw_mechanism(figure, result: dict) -> None:
         axes.barh(range(len(A)), w, color=COLOURS[word], alpha=0.35, label="weight w")
         axes.barh(range(len(A)), A * w, height=0.3, color=COLOURS[word], label="push Â w")
         axes.barh(len(A), np.mean(A * w), color="black")
+        if not any(w):
+            axes.text(0, (len(A) - 1) / 2, "all weights 0", ha="center", color="0.35", backgroundcolor="white")
         axes.set(title=word)
         axes.sharex(panels[0])
     for axes in (first, *panels):
@@ -958,7 +965,8 @@ def parser() -> argparse.ArgumentParser:
             ("lr", float, "learning rate"), ("kl", float, "weight of the KL to the warm-started policy"),
             ("clip-eps", float, "clip ratios outside 1 ± this; inf: no clip (default 0.04 for gspo, else 0.2)"),
             ("seeds", seeds_from, "N or A-B (default 0)"), ("out", Path, "folder for results (default runs)"),
-            ("experiment", (*EXPERIMENTS, MECHANISM), "default failure-modes; the next five set loss and transform")):
+            ("experiment", (*EXPERIMENTS, MECHANISM), "default failure-modes; the next five set loss and "
+             "transform themselves; mechanism looks into one group, in ten seconds")):
         default = getattr(Config, name.replace("-", "_"), None)
         choice = {"type": kind} if callable(kind) else {"choices": kind}
         p.add_argument(f"--{name}", **choice, help=text if default is None else f"{text} (default {default})")
