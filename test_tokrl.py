@@ -1640,6 +1640,10 @@ def test_readme_trl_results():
         pairs = [tokrl.bootstrap(trl_column("off", measure), trl_column(arm, measure)) for measure in measures]
         cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*pair) for pair in pairs]
         assert f"| `off` − `{arm}` | {' | '.join(cells)} |" in README, (arm, cells)
+    seconds = {arm: np.array(trl_column(arm, "seconds")) for arm in ("stock", "off", "min", "orth")}
+    ratios = [np.median(seconds[arm] / seconds["stock"]) for arm in ("off", "min", "orth")]
+    cost = "`off` took {:.2f}, `min` {:.2f} and `orth` {:.2f} times as long as `stock`".format(*ratios)
+    assert cost in " ".join(README.split())
     apart = [abs(a - b) for m in measures for a, b in zip(trl_column("stock", m), trl_column("off", m))]
     assert max(apart) < 1e-5
 
