@@ -580,6 +580,8 @@ def worker(connection) -> None:
                 connection.send(("done", train(config, seed, lambda row: connection.send(("row", row)))))
             except FloatingPointError as error:
                 connection.send(("diverged", str(error)))
+            except RuntimeError as error:  # torch's word for too little memory
+                connection.send(("failed", str(error).splitlines()[0]))
 
 def start_worker(context):
     """Our end of the pipe to a new worker, and its process."""
@@ -634,7 +636,10 @@ def train_all(units: list, save) -> list[str]:
                 save(label, seed, value) if kind == "done" else failed.append(f"{name} {kind}: {value}")
                 bar.close()
                 del busy[connection]
-                if kind != "died":
+                if kind == "died" and waiting:  # another takes its place
+                    connection, process = start_worker(context)
+                    workers[connection] = process
+                if kind != "died" or waiting:
                     idle.append(connection)
     finally:
         for process in workers.values():
@@ -665,9 +670,10 @@ def write_json(path: Path, data: dict) -> None:
 def kept_run(path: Path) -> dict | None:
     """A run that was finished earlier, or None; a file that is something else is named and ignored."""
     if path.exists():
-        with contextlib.suppress(ValueError, AttributeError):
+        with contextlib.suppress(ValueError, AttributeError, LookupError):
             run = json.loads(path.read_text())
-            if {"curves", "final", "examples", "samples", "timing"} <= run.keys():
+            whole = {"examples", "samples", "timing"} <= run.keys()
+            if whole and MEASURES.keys() <= run["final"].keys() & run["curves"].keys():
                 return run
         print(f"{path} is not a finished run: it is ignored", file=sys.stderr)
     return None
@@ -715,6 +721,9 @@ def run_experiment(name: str, base: Config, arms: dict, wanted: list[str], seeds
         runs[label, seed] = run
 
     failed = train_all(waiting, save)
+    for unit in paths.keys() - runs.keys():  # another command may have finished its arm meanwhile
+        if unit[0] not in wanted and (run := kept_run(paths[unit])):
+            runs[unit] = run
     result = {"experiment": name, "config": as_json(base), "arms": {}, "timing": {},
               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}}
     for label, config in arms.items():
@@ -741,6 +750,8 @@ def mechanism(config: Config, seed: int) -> dict:
     for _ in range(10):
         rollout = prompts, tokens, old_logprobs, mask, rewards = collect(policy, task, config, generator)
         update(policy, reference, optimizer, config, *rollout)
+        if not all(p.isfinite().all() for p in policy.parameters()):
+            raise FloatingPointError("after the update: a parameter is not finite")
     logprobs, advantages = token_logprobs(policy, prompts, tokens), group_advantages(rewards)
     weights = effective_weights(config.loss, logprobs, old_logprobs, advantages, mask, config.clip_eps)
     group = cancellation_residual(weights, advantages)[:, 0].argmax()
@@ -951,8 +962,8 @@ def draw_mechanism(figure, result: dict) -> None:
 def seeds_from(text: str) -> list[int]:
     """'3' -> [3]; '0-7' -> [0, ..., 7]."""
     first, dash, last = text.partition("-")
-    if not (first.isdecimal() and (last.isdecimal() or not dash) and int(first) <= int(last or first)):
-        raise argparse.ArgumentTypeError(f"must be N or A-B with 0 <= A <= B; got {text!r}")
+    if not (first.isdecimal() and (last.isdecimal() or not dash) and 0 <= int(last or first) - int(first) < 1000):
+        raise argparse.ArgumentTypeError(f"must be N or A-B with 0 <= A <= B, a thousand at most; got {text!r}")
     return list(range(int(first), int(last or first) + 1))
 
 def parser() -> argparse.ArgumentParser:
@@ -1051,6 +1062,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"tokrl.py: mechanism diverged: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError) as error:
         hint = "; --out needs a folder that can be written, with space left" if isinstance(error, OSError) else ""
         print(f"tokrl.py: {error}{hint}", file=sys.stderr)
@@ -1060,6 +1074,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):  # a console without "−" shows "?" instead of ending the program
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a console without "−" shows "?"; a closed one is None
         stream.reconfigure(errors="replace")
     sys.exit(main())
