@@ -12,6 +12,7 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -20,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -1156,6 +1158,7 @@ AUDIT = (
         ("--seeds -1", "--seeds"),
         ("--seeds a", "got 'a'"),
         ("--seeds 0-", "got '0-'"),
+        ("--seeds 0-999999999999", "a thousand at most"),
         ("--experiment ablation", "frontier"),
         ("--experiment control --loss gspo", "leave it out"),
         ("--experiment control --transform on", "leave it out"),
@@ -1397,6 +1400,44 @@ def test_a_diverging_run_is_named_and_the_others_finish(tmp_path):
     assert message.startswith("wild, seed 0 diverged: rollout") and saved == [("tame", 0, [0, 1])]
 
 
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_while_runs_wait(monkeypatch):
+    def kill_one():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    monkeypatch.setattr(tokrl, "CORES", 1)  # so that nobody else could do the rest
+    threading.Thread(target=kill_one).start()
+    saved, tiny = [], Config(steps=1, prompts=1)
+    failed = tokrl.train_all([(label, tiny, 0) for label in "abc"], lambda label, *_: saved.append(label))
+    assert failed == ["a, seed 0 died: the same command continues with what is missing"] and saved == ["b", "c"]
+
+
+@pytest.mark.slow
+def test_an_arm_that_another_command_finishes_meanwhile_is_drawn_too(tmp_path, monkeypatch):
+    arms = {word: Config(steps=1, prompts=1, transform=tokrl.ARMS[word]) for word in ("off", "on")}
+    (tmp_path / ".cache").mkdir()
+
+    def train_all(units, save):
+        (only,) = units
+        save("on", 0, tokrl.train(only[1], 0))
+        tokrl.write_json(tokrl.kept_path(tmp_path, arms["off"], 0), tokrl.train(arms["off"], 0))
+        return []
+
+    monkeypatch.setattr(tokrl, "train_all", train_all)
+    result, *_ = tokrl.run_experiment("failure-modes", Config(), arms, ["on"], [0], tmp_path, False)
+    assert list(result["arms"]) == ["off", "on"]
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    shutil.copy(HERE / "figures" / "control.json", tmp_path)
+    process = start("--plot", "--out", tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "{}", '{"experiment": "control", "arms": {}}', '{"experiment": "control", "arms": {"off": 3}}'],
@@ -1424,7 +1465,10 @@ def test_plot_names_a_result_whose_arms_or_curves_are_not_those_of_the_program(t
     assert not list(tmp_path.glob("*.png"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"curves": 1}', "null"])
+EMPTY_RUN = json.dumps(dict.fromkeys(("curves", "final", "examples", "samples", "timing"), {}))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"curves": 1}', "null", EMPTY_RUN])
 def test_a_kept_run_that_is_something_else_is_named_and_ignored(content, tmp_path, capsys):
     (tmp_path / "run.json").write_text(content)
     assert tokrl.kept_run(tmp_path / "run.json") is None and tokrl.kept_run(tmp_path / "none.json") is None
@@ -1540,6 +1584,8 @@ def test_the_mechanism_is_recorded_as_its_command_computes_it(tmp_path, capsys):
         assert w == pytest.approx(recorded["weights"][word], abs=1e-3)  # another machine may round otherwise
     assert tokrl.main(["--experiment", "mechanism", "--lr", "1e3", "--out", str(tmp_path)]) == 1
     assert "diverged: inner step" in capsys.readouterr().err
+    assert tokrl.main(["--experiment", "mechanism", "--lr", "1e30", "--inner-steps", "1", "--out", str(tmp_path)]) == 1
+    assert "diverged: after the update" in capsys.readouterr().err
     assert not (tmp_path / "mechanism.json").exists()
 
 
@@ -1589,6 +1635,33 @@ def test_readme_prose_on_failure_modes():
     said("22 rollouts (16 to 29", -difference, -high, -low)
     said("by 18%", 100 * enumerated_bias("seq", "min", True))
     said("`orth` by 8%", 100 * enumerated_bias("seq", "orth", True))
+
+
+def test_readme_prose_in_words():
+    """Numbers that the README spells out: eightfold, four of the five, a third, twice, half."""
+    text = " ".join(README.split())
+    final = lambda name, label, measure: np.array(FINAL[name][label][measure])
+    drift = final("failure-modes", "off", "solution_drift").mean()
+    assert f"their odds change about eightfold ({drift:.1f} nats of log-odds)" in text and 7.5 < math.exp(drift) < 9
+    group = json.loads((HERE / "figures" / "mechanism.json").read_text())
+    wrong = [w for w, reward in zip(group["weights"]["off"], group["rewards"]) if not reward]
+    assert "four of the five wrong trajectories are clipped (weight 0)" in text and (len(wrong), wrong.count(0)) == (
+        5,
+        4,
+    )
+    push = np.dot(group["advantages"], group["weights"]["off"]) / 8
+    assert f"what is left of the three right ones: {push:+.3f}" in text
+    assert "`on` has a third and a sixth of the drift" in text
+    for rate, share in (("6e-05", 1 / 3), ("0.0001", 1 / 6)):
+        off, on = (final("frontier", f"{word} lr={rate}", "solution_drift").mean() for word in ("off", "on"))
+        assert abs(on / off - share) < 0.02
+    off, orth = (final("frontier", f"{word} lr=0.0003", "learning_tax").mean() for word in ("off", "orth"))
+    assert "at 3e-4 it is twice that of `off`" in text and 1.8 < orth / off < 2.2
+    off, orth = (final("failure-modes", word, "learning_tax") for word in ("off", "orth"))
+    assert "one seed pays half as much again, five pay less" in text
+    assert (orth / off > 1.4).sum() == 1 and (orth < off).sum() == 5
+    own, rest, without = map(float, re.findall(r"[\d.]+(?:e-\d+)?", audit_prop31_other_tokens()[2])[:3])
+    assert "about half of the squared movement" in text and own < 1e-20 and 0.45 < rest / without < 0.6
 
 
 def test_readme_prose_on_adapt_and_group_size():

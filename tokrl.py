@@ -750,8 +750,8 @@ def mechanism(config: Config, seed: int) -> dict:
     for _ in range(10):
         rollout = prompts, tokens, old_logprobs, mask, rewards = collect(policy, task, config, generator)
         update(policy, reference, optimizer, config, *rollout)
-        if not all(p.isfinite().all() for p in policy.parameters()):
-            raise FloatingPointError("after the update: a parameter is not finite")
+        if not opening_logprobs(policy, task, config.fork).isfinite().all():
+            raise FloatingPointError("after the update: a log-probability is not finite")
     logprobs, advantages = token_logprobs(policy, prompts, tokens), group_advantages(rewards)
     weights = effective_weights(config.loss, logprobs, old_logprobs, advantages, mask, config.clip_eps)
     group = cancellation_residual(weights, advantages)[:, 0].argmax()
