@@ -565,7 +565,7 @@ def summary(rows: list[dict], policy, reference, task: Task, seed: int) -> dict:
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# glibc hands freed memory back to the system at every step and asks for it again; a worker that keeps it is 15% faster
+# glibc hands freed memory back to the system at every step and asks for it again; keeping it is a tenth faster
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_MMAP_THRESHOLD_": "1000000000",
                "MALLOC_TOP_PAD_": "67108864"}
 
