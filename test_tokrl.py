@@ -1402,10 +1402,12 @@ def test_a_diverging_run_is_named_and_the_others_finish(tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_while_runs_wait(monkeypatch):
+    earlier = set(multiprocessing.active_children())  # of other tests
+
     def kill_one():
-        while not (children := multiprocessing.active_children()):
+        while not (children := set(multiprocessing.active_children()) - earlier):
             time.sleep(0.01)
-        children[0].kill()
+        children.pop().kill()
 
     monkeypatch.setattr(tokrl, "CORES", 1)  # so that nobody else could do the rest
     threading.Thread(target=kill_one).start()
