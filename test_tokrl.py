@@ -1987,9 +1987,10 @@ for transform in ("min", "orth"):
     model = warm_model(100, steps=40)
     trainer = toy_trainer(model, transform, trainer=Fixed, per_device_train_batch_size=rows, epsilon=0.1, max_steps=6,
                           gradient_accumulation_steps=slices, steps_per_generation=slices, optim="sgd",
-                          learning_rate=0.1, max_grad_norm=100.0)
+                          learning_rate=0.1, max_grad_norm=100.0, logging_strategy="steps", logging_steps=1)
     trainer.train()
-    saved[transform] = [p.detach() for p in model.parameters()], trainer.accelerator.num_processes
+    zero_weights = [log["zero_weights"] for log in trainer.state.log_history if "zero_weights" in log]
+    saved[transform] = [p.detach() for p in model.parameters()], trainer.accelerator.num_processes, zero_weights
 if trainer.accelerator.is_main_process:
     torch.save(saved, sys.argv[2])
 trainer.accelerator.end_training()
@@ -2014,6 +2015,8 @@ def test_trl_recipe_on_two_processes_is_the_one_of_one(trl_toy, tmp_path, slices
         moved = max((a - b).abs().max().item() for a, b in zip(one[transform][0], start))
         apart = max((a - b).abs().max().item() for a, b in zip(one[transform][0], two[transform][0]))
         assert moved > 0.01 and apart < 1e-6
+        if slices == 1:  # what is logged is the mean of micro-batches, which are other ones on two processes
+            assert two[transform][2] == pytest.approx(one[transform][2], abs=1e-6) and max(one[transform][2]) > 0
     assert any((a - b).abs().max() > 0.001 for a, b in zip(one["min"][0], one["orth"][0]))
 
 
