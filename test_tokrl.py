@@ -1,6 +1,6 @@
 """Tests of tokrl.py and toy_tasks.py, and the paper's statements as an executable audit.
 
-    python -m pytest                    everything, about three minutes on two cores
+    python -m pytest                    everything, three to four minutes on two cores
     python -m pytest -m "not slow"      without those that train or start the program, about 25 seconds
     python test_tokrl.py                the audit's table: what each place of the paper says, and what is measured
 
