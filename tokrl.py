@@ -578,7 +578,7 @@ def table(arms: dict) -> str:
     arms = {label: {m: np.array(arm["final"][m], float) for m in MEASURES} for label, arm in arms.items()}
     several = len(next(iter(arms.values()))["accuracy"]) > 1
     pairs = compared(arms) if several else []
-    columns = [["", *arms, *(f"{a} − {b}" for a, b in pairs)]]
+    columns = [[f"{len(pairs)} comparisons" if pairs else "arm", *arms, *(f"{a} - {b}" for a, b in pairs)]]
     for m, title in MEASURES.items():
         f = {"residual": ".3f", "to_90": ".0f"}.get(m, ".2f")
         column = [title.split("\n")[0]]
@@ -674,7 +674,7 @@ def parse(argv: list[str]) -> dict:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = functools.partial(require, False)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--transform", choices=(*ARMS, "min", "both"), help="(default both: off and on)")
+    what.add_argument("--transform", choices=(*ARMS, "min", "both"), help="of the weights (both: off, on)")
     what.add_argument("--experiment", choices=EXPERIMENTS, help="a comparison; it sets some options itself")
     what.add_argument("--plot", action="store_true", help="train nothing; draw the results in --out again")
     for f in (f for f in fields(Config) if f.name not in ("transform", "adapt")):
