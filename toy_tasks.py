@@ -1,16 +1,16 @@
-"""Four synthetic arithmetic tasks, small enough to enumerate: every prompt and every right completion is known.
+"""Four synthetic arithmetic tasks, small enough to enumerate: every prompt and right completion is known.
 
 Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exactly instead of sampling them.
 
-    task     prompt    right completions                        what it is for
-    commute  75=       7+5=12  5+7=12                           two equally right solutions of equal length (default)
-    split    12=       3+9  9+3  1+2+9 ...                      many right solutions of two lengths
-    chain    3+4+2=    7+2=9  3+6=9                             a scratchpad: some tokens matter more than others
-    add      7+5=      12                                       one right answer, so nothing can drift: the control
+    task     prompt    right completions          what it is for
+    commute  75=       7+5=12  5+7=12             two equally right solutions of equal length (default)
+    split    12=       3+9  9+3  1+2+9 ...        many right solutions of two lengths
+    chain    3+4+2=    7+2=9  3+6=9               a scratchpad: some tokens matter more than others
+    add      7+5=      12                         one right answer, so nothing can drift: the control
 
-A character is a token. A completion is right when it is one of the prompt's solutions *and* was ended by EOS: text that
-never ends has `max_completion` characters, more than any solution, so comparing strings is enough. The reward is 0 or 1
-and comes once, at the end.
+A character is a token. A completion is right when it is one of the prompt's solutions *and* was ended by EOS:
+text that never ends has `max_completion` characters, more than any solution, so comparing strings is enough.
+The reward is 0 or 1 and comes once, at the end.
 
     >>> TASKS["commute"].solutions("75=")
     ['7+5=12', '5+7=12']
@@ -22,7 +22,7 @@ import random
 from dataclasses import dataclass, replace
 
 VOCAB = "_.0123456789+="  # index = token id; "_" is PAD, "." is EOS
-PAD, EOS = 0, 1  # PAD fills up rows. It is never used to find the end: a policy may sample it like any wrong character
+PAD, EOS = 0, 1  # PAD fills up rows; it never marks the end, and may be sampled like any wrong character
 
 
 def encode(text: str) -> list[int]:
@@ -55,18 +55,18 @@ class Task:
     def solutions(self, prompt: str) -> list[str]:
         """Every right completion, without EOS. Raises ValueError for a prompt that the task does not have."""
         if prompt not in self.table:
-            raise ValueError(f"{prompt!r} is not a prompt of task {self.name!r}; one is {self.prompts()[0]!r}")
+            raise ValueError(f"{prompt!r} is not a prompt of {self.name!r}; one is {self.prompts()[0]!r}")
         return list(self.table[prompt])
 
     def reward(self, prompt: str, completion: str) -> float:
-        """1.0 where the decoded completion is exactly one of the prompt's solutions, else 0.0. Never raises."""
+        """1.0 where the decoded completion is exactly one of the prompt's solutions, else 0.0."""
         return float(completion in self.table.get(prompt, ()))
 
     def demonstration(self, prompt: str, rng: random.Random) -> str:
-        """A solution drawn uniformly; half of the time with the answer (all that follows '=') of another prompt.
+        """A solution drawn uniformly; half of the time with the answer (what follows '=') of another prompt.
 
-        This stands in for the data of a base model that has seen the form of the task but not mastered it. Raises
-        ValueError where no other prompt has another answer.
+        This stands in for the data of a base model that has seen the form of the task but not mastered it.
+        Raises ValueError where no other prompt has another answer.
         """
         solution = rng.choice(self.solutions(prompt))
         if rng.random() < 0.5:
@@ -76,7 +76,7 @@ class Task:
             wrong_answer = rng.choice(self.table[rng.choice(self.prompts())]).rpartition("=")[2]
             if not self.reward(prompt, opening + equals + wrong_answer):
                 return opening + equals + wrong_answer
-        raise ValueError(f"task {self.name!r} has no wrong answer for {prompt!r}: its prompts need different answers")
+        raise ValueError(f"task {self.name!r} has no wrong answer for {prompt!r}: all its answers are alike")
 
 
 def commute() -> Task:
@@ -111,7 +111,7 @@ def add() -> Task:
 
 TASKS: dict[str, Task] = {task.name: task for task in (commute(), split(), chain(), add())}
 
-# The same prompts under a stricter verifier, for the `adapt` experiment: only the larger operand first counts as right.
+# The same prompts under a stricter verifier, for `adapt`: only the larger operand first counts as right.
 LARGER_FIRST = replace(
     TASKS["commute"],
     name="larger-first",
