@@ -134,9 +134,7 @@ def completion_mask(tokens):
 @torch.no_grad()
 def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: int, generator):
     """Sample `group_size` completions of each prompt; the first `fork` tokens are sampled once for the group.
-
-    prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion. No temperature, no top-k.
-    """
+    prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion. No temperature, no top-k."""
     rows = prompts
     for t in range(max_completion):
         if t == fork:  # until here a group is a single row
@@ -396,9 +394,7 @@ def learning_tax(policy, before, task, fork: int) -> float:
 # ---- 11. One training run: (configuration, seed) -> curves, the same bits every time
 def train(config: Config, seed: int, **bar) -> dict:
     """Warm start, then `steps` rollouts with an update on each, under a live bar with tqdm's options `bar`.
-
-    Returns 40 to 80 evaluations, "curves", and the means of their last quarter, "final" (one alone is noisy).
-    """
+    Returns 40 to 80 evaluations, "curves", and the means of their last quarter, "final": one is noisy."""
     torch.set_num_threads(1)  # one process per run instead: faster here, and the same bits on any machine
     task, stage = TASKS[config.task], config
     reference, generator = warm_start(task, seed), named_generator(seed, "sampling")
@@ -486,13 +482,11 @@ def write_json(path: Path, data) -> None:
 def start_worker(lock) -> None:
     """First in a worker process: share the bars' lock, and end when the parent does."""
     tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: without a traceback
     ends = lambda: os._exit(multiprocessing.parent_process().join() or 1)
     threading.Thread(target=ends, daemon=True).start()
 
-def train_and_keep(unit) -> str | None:
+def train_and_keep(label: str, config: Config, seed: int, path: Path) -> str | None:
     """Train and keep one run, in a worker process with a bar on a line of its own; or say what failed."""
-    label, config, seed, path = unit
     line = multiprocessing.current_process()._identity[0]  # 1, 2, ...; the bar of all runs is on line 0
     try:
         write_json(path, train(config, seed, desc=f"{label}, seed {seed}", position=line, disable=None))
@@ -503,12 +497,18 @@ def train_all(units: list) -> list[str]:
     """train_and_keep the units, side by side; returns a message for each that failed."""
     context = multiprocessing.get_context("spawn")
     tqdm.set_lock(lock := context.RLock())
+    ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: it is for the parent
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(units)), context, start_worker, (lock,)) as pool:
+        messages = pool.map(train_and_keep, *zip(*units))
+        signal.signal(signal.SIGINT, ctrl_c)
         try:
-            done = tqdm(pool.map(train_and_keep, units), "runs", len(units), leave=False)
-            return [message for message in done if message]
+            return [message for message in tqdm(messages, "runs", len(units), leave=False) if message]
         except BrokenExecutor:
             return ["a worker process died; the same command continues with what is missing"]
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 def run_experiment(name: str, given: dict, words, seeds: list[int], out: Path, command: str) -> list[str]:
     """Train the arms `words`; OUT/NAME.json has every arm whose runs are all kept. Returns what failed."""
@@ -545,7 +545,7 @@ def mechanism(config: Config, seed: int) -> dict:
             "advantages": A[worst].tolist(), "weights": weights}
 
 # ---- 14. Statistics and tables, from an experiment's JSON alone
-MEASURES = {"net_push": "ineffective: net push\n(lower is better)",  # five have panels
+MEASURES = {"net_push": "ineffective: net push\n(lower is better)",
             "learning_tax": "learning tax, nats\n(lower is better)",
             "solution_drift": "solution drift, nats\n(lower is better)",
             "solution_entropy": "solution entropy\n(1 even, 0 collapsed)",
@@ -662,8 +662,8 @@ EPILOG = """examples:
 
 def seed_range(text: str) -> list[int]:
     """'3' -> [3]; '0-7' -> [0, ..., 7]."""
-    first, _, last = text.partition("-")
-    fine = first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)
+    first, dash, last = text.partition("-")
+    fine = first.isdecimal() and (last if dash else first).isdecimal() and int(first) <= int(last or first)
     require(fine, f"seeds must be N, or A-B with A <= B; got {text!r}")
     return list(range(int(first), int(last or first) + 1))
 
@@ -696,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
         out, plot = given.pop("out", Path("runs")), given.pop("plot", False)
         require(not (plot and given), "--plot draws all that is in --out; leave out the rest")
         seeds, word = seed_range(given.pop("seeds", "0")), given.pop("transform", "both")
-        if not plot:  # now, and not after the first run
+        if not plot:
             (out / ".cache").mkdir(parents=True, exist_ok=True)
         name = given.pop("experiment", None)
         words = EXPERIMENTS[name][1] if name else {"both": "off on", "min": "on"}.get(word, word)
