@@ -138,7 +138,7 @@ def test_group_advantages_by_hand():
     assert close(got[0], tensor([1, -1, -1, 1]) * 0.5 / third), "std uses G − 1, and + 1e-4"
     assert close(got[1], tensor([0.75, -0.25, -0.25, -0.25]) / 0.5001), "the group's own"
     assert (got[2:] == 0).all(), "equal rewards: exactly 0, not dust"
-    assert (group_advantages(torch.full((1, 7), 0.1), normalize=False) == 0).all()
+    assert (group_advantages(torch.full((1, 7), 0.1), normalize=False) == 0).all(), "not dust"
     assert torch.equal(group_advantages(rewards, normalize=False)[1], tensor([0.75, -0.25, -0.25, -0.25]))
     # counted only: of 1 0 . 1 mean 2/3, std sqrt((1/9 + 4/9 + 1/9) / 2) = sqrt(1/3); of 1 . 0 . std sqrt(1/2)
     rewards = tensor([[1, 0, 5, 1], [1, 5, 0, 5], [5, 1, 0, 1], [1, 0, 1, 0], [1, 0, 0, 1]])
@@ -156,7 +156,7 @@ def test_credit_by_hand():
             "share": tensor([[0, 0, -0.5, 0.5]]) / (math.sqrt(1 / 6) + 1e-4)}
     for kind, advantages in want.items():
         got, counted = credit(tokens, rewards, kind)
-        assert close(got, advantages) and counted.tolist() == [[True, kind != "once", True, True]]
+        assert close(got, advantages) and counted.tolist() == [[True, kind != "once", True, True]], kind
         # all distinct: nothing changes; both groups have the same four, and must not see each other
         distinct, two = torch.tensor([[[2], [3], [4], [5]]] * 2), tensor([[1, 0, 0, 1], [0, 0, 1, 0]])
         got, counted = credit(distinct, two, kind)
@@ -186,7 +186,7 @@ def test_weights_by_hand(loss):
     for mask, off in zip((MASK, MASK.bool(), MASK.double()), (0.0, math.nan, -math.inf)):  # off: off the mask
         new, old = ((x + RATIO.log() * i).masked_fill(MASK == 0, off) for i, x in ((1, OLD), (0, OLD)))
         got = effective_weights(loss, new, old, ADVANTAGES, mask)
-        assert close(got, BY_HAND[loss]) and (got[MASK == 0] == 0).all()
+        assert close(got, BY_HAND[loss]) and (got[MASK == 0] == 0).all(), f"want {BY_HAND[loss].tolist()}"
 def test_weights_with_other_clips_and_lengths_by_hand():
     weights = lambda loss, **kw: effective_weights(loss, OLD + RATIO.log(), OLD, ADVANTAGES, MASK, **kw)
     # a pair (low, high) = (0.2, 0.6): 1.5 and 1.3 with Â > 0 are now kept; 0.5 and 0.7 with Â < 0 are not
