@@ -19,19 +19,20 @@ solutions drift apart (Cor. 3.2), and one is left in the end (entropy collapse).
 Where this program departs from the paper:
  1. A policy of 0.1 million parameters on toy arithmetic that can be enumerated, so every measure is exact.
  2. A group shares its first `fork` tokens by construction; a language model's, being nearly certain anyway.
- 3. The paper's method, DFPO, is taken to be `--loss seq --transform on`: two summaries give the product.
+ 3. DFPO, the paper's method, is taken to be `--loss seq --transform on`: two summaries give the product.
 """
 
-import argparse, copy, difflib, functools, hashlib, json, math, multiprocessing, os, random, shlex, signal
-import sys, threading, zlib
+import copy, functools, hashlib, json, math, os, random, shlex, signal, sys, threading, zlib
+import multiprocessing as mp
+from argparse import SUPPRESS, ArgumentParser
+from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm  # matplotlib is imported where a figure is drawn
+from tqdm import tqdm
 from toy_tasks import EOS, LARGER_FIRST, PAD, TASKS, VOCAB, decode, encode
 
 LOSSES = {"reinforce": None, "grpo": 0.2, "dr_grpo": 0.2, "dapo": 0.2, "grpo_sym": 0.2, "cispo": 0.2,
@@ -41,7 +42,7 @@ TRANSFORMS = {"off": "unequal weights, full steps", "min": "equal weights, small
               "shrink": "unequal weights, smaller steps"}
 
 # ---- 1. Configuration
-def require(condition, message: str) -> None:
+def require(condition, message: str):
     """Raise ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
@@ -53,29 +54,28 @@ def option(default, valid, text: str):
 @dataclass(frozen=True)
 class Config:
     """One training run, all but its seed. Raises ValueError naming the field that is out of range."""
-    task: str = option("commute", tuple(TASKS), "what is learnt: prompts and their right completions")
-    loss: str = option("seq", tuple(LOSSES), "the weight of each token: ratio, clip and length")
+    task: str = option("commute", tuple(TASKS), "prompts and their right completions")
+    loss: str = option("seq", tuple(LOSSES), "which weight a token gets")
     transform: str = option("off", tuple(TRANSFORMS), "what is done to a group's weights")
     duplicates: str = option("keep", ("keep", "once", "share"), "what copies in a group count for")
     fork: int = option(None, 0, "opening tokens that a group shares (default: the task's own)")
     group_size: int = option(8, 2, "G, completions per prompt")
-    prompts: int = option(8, 1, "B, prompts per rollout, drawn with replacement")
-    inner_steps: int = option(8, 1, "full-batch gradient steps on each rollout")
+    prompts: int = option(8, 1, "B, prompts per rollout")
+    inner_steps: int = option(8, 1, "gradient steps on each rollout")
     steps: int = option(400, 1, "rollouts")
     lr: float = option(1e-4, 1e-9, "learning rate of AdamW")
     max_grad_norm: float = option(1.0, 1e-9, "limit on the gradient's norm; inf: none")
-    kl: float = option(0.02, 0.0, "weight of the exact KL to the warm-started policy")
+    kl: float = option(0.02, 0.0, "weight of the exact KL to the warm start")
     clip_eps: float = option(None, 1e-9, "clip outside 1 ± this; inf: no clip (default: the loss's own)")
-    adapt: bool = option(False, (False, True), "then half as many rollouts again, under a stricter verifier")
+    adapt: bool = option(False, 0, "then half as many rollouts again, under a stricter verifier")
 
     def __post_init__(self):
         for f in fields(self):
-            value, valid, name = getattr(self, f.name), f.metadata["valid"], f.name.replace("_", "-")
-            if isinstance(valid, tuple):
-                require(value in valid, f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
-            else:
-                fine = value is f.default or type(value) in (int, f.type) and value >= valid
-                require(fine, f"{name} must be {f.type.__name__}, at least {valid:g}; got {value!r}")
+            value, valid = getattr(self, f.name), f.metadata["valid"]
+            choices, number = isinstance(valid, tuple), type(value) in (int, f.type)
+            fine = value in valid if choices else value is f.default or number and value >= valid
+            wanted = f"one of {', '.join(valid)}" if choices else f"{f.type.__name__}, at least {valid:g}"
+            require(fine, f"{f.name.replace('_', '-')} must be {wanted}; got {value!r}")
         if self.fork is None:
             object.__setattr__(self, "fork", TASKS[self.task].fork)  # the one write to a frozen field
         require(self.fork < TASKS[self.task].max_completion, f"fork {self.fork} is too long for {self.task}")
@@ -83,7 +83,7 @@ class Config:
 
 # ---- 2. The policy, a small causal transformer, and the log-probabilities it gives to completions
 class Block(nn.Module):
-    """Attention and a two-layer perceptron, each added to the stream after a layer norm."""
+    """Attention and a perceptron, each behind a layer norm and added to its input."""
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -97,8 +97,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # each (N,H,T,D/H)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        up = self.up(self.norm2(x))
-        return x + self.down(torch.relu(up) * up)  # ReLU² learns the warm start's task, ReLU hardly
+        return x + self.down(self.up(self.norm2(x)).relu_().square())  # ReLU alone hardly learns the task
 
 class Policy(nn.Module):
     """A decoder-only transformer over toy_tasks.VOCAB with 0.1 million parameters."""
@@ -112,9 +111,9 @@ class Policy(nn.Module):
 
     def forward(self, tokens):
         """tokens (N,T) int64 -> log-probabilities (N,T,V) in nats of the token after each."""
-        distinct, row = tokens.unique(dim=0, return_inverse=True)  # most rows of a toy's batch are copies
+        distinct, copy_of = tokens.unique(dim=0, return_inverse=True)  # a toy's rows are mostly copies
         x = self.token(distinct) + self.position.weight[: tokens.shape[1]]
-        return self.head(self.norm(self.blocks(x))).log_softmax(-1).index_select(0, row)
+        return self.head(self.norm(self.blocks(x))).log_softmax(-1).index_select(0, copy_of)
 
 def completion_logprobs(policy, prompts, tokens):
     """Log-probabilities of every token at every place: prompts (B,P), tokens (B,G,T) -> (B,G,T,V) in nats."""
@@ -135,57 +134,52 @@ def completion_mask(tokens):
 def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: int, generator):
     """Sample `group_size` completions of each prompt; the first `fork` tokens are sampled once for the group.
     prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion. No temperature, no top-k."""
-    rows = prompts
+    rows, p = prompts, prompts.shape[1]
     for t in range(max_completion):
         if t == fork:  # until here a group is a single row
             rows = rows.repeat_interleave(group_size, dim=0)
         sampled = torch.multinomial(policy(rows)[:, -1].exp(), 1, generator=generator)  # (B,1), then (BG,1)
-        rows = torch.cat([rows, sampled], dim=1)
-    tokens = rows[:, prompts.shape[1] :].view(len(prompts), group_size, max_completion)
-    return tokens.masked_fill(~completion_mask(tokens), PAD)
+        ended = (rows[:, p:] == EOS).any(1, keepdim=True)
+        rows = torch.cat([rows, sampled.masked_fill(ended, PAD)], dim=1)
+    return rows[:, p:].view(len(prompts), group_size, max_completion)
 
 # ---- 4. Advantages: what one trajectory did better than its group
 def group_advantages(rewards, normalize: bool = True, counted=None):
     """Â_i = (R_i − mean R) / (std R + 1e-4) within each group, std with G − 1 (arXiv:2402.03300).
-
     rewards (B,G) -> (B,G). Without `normalize` (Dr. GRPO) no division. `counted` (B,G) bool: only these make
-    up the group, the others get 0. Equal rewards: exactly 0, not dust. ValueError for a wrong shape or dtype.
-    """
+    up the group, the others get 0. Equal rewards: exactly 0, not dust. ValueError: wrong shape or dtype."""
     fine = rewards.dim() == 2 and rewards.is_floating_point()
     require(fine, f"rewards must be floating-point (B,G); got {rewards.dtype} {tuple(rewards.shape)}")
     counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
-    n = counted.sum(dim=1, keepdim=True)  # (B,1)
-    mean = (rewards * counted).sum(dim=1, keepdim=True) / n.clamp(min=1)
+    n = counted.sum(1, keepdim=True)  # (B,1)
+    mean = (rewards * counted).sum(1, keepdim=True) / n.clamp(min=1)
     advantages = (rewards - mean) * counted
     if normalize:
-        variance = advantages.square().sum(dim=1, keepdim=True) / (n - 1).clamp(min=1)
+        variance = advantages.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + 1e-4)
-    first = rewards.gather(1, counted.int().argmax(dim=1, keepdim=True))  # of the counted
-    differ = ((rewards != first) & counted).any(dim=1, keepdim=True)
+    first = rewards.gather(1, counted.int().argmax(1, keepdim=True))  # of the counted
+    differ = ((rewards != first) & counted).any(1, keepdim=True)
     return advantages.masked_fill(~differ, 0.0)
 
 def credit(tokens, rewards, duplicates: str):
     """tokens (B,G,T), rewards (B,G) -> advantages, and which trajectories the loss counts, both (B,G).
-
     A right solution is pushed as often as it is sampled: a lead feeds itself, shared opening or not. Under
     `once` only a completion's first copy counts (ours; nearest: arXiv:2601.08763), under `share` copies
-    share their reward (IPS-GRPO, arXiv:2601.21669). A language model's copies are rare: compare answers.
-    """
-    same = (tokens[:, :, None] == tokens[:, None]).all(dim=-1)  # (B,G,G): is completion i a copy of j?
+    share their reward (IPS-GRPO, arXiv:2601.21669). A language model's copies are rare: compare answers."""
+    same = (tokens[:, :, None] == tokens[:, None]).all(-1)  # (B,G,G): is completion i a copy of j?
     if duplicates == "share":
-        rewards = rewards / same.sum(dim=-1)
-    has_earlier = same.tril(diagonal=-1).any(dim=-1)  # (B,G)
-    counted = ~has_earlier if duplicates == "once" else torch.ones_like(has_earlier)
+        rewards = rewards / same.sum(-1)
+    has_earlier = same.tril(-1).any(-1)  # (B,G)
+    counted = ~has_earlier | (duplicates != "once")
     return group_advantages(rewards, counted=counted), counted
 
-# ---- 5. Effective weights: every published loss is one line
+# ---- 5. Effective weights: every published loss is one line (Eq. 2, section 4)
 # The gradient of each loss in the log-probability of token t of trajectory i is −(1/BG) Â_i w_{i,t}. The
 # effective weight w_{i,t} gathers ratio, clip and length normalisation: all that differs. At a token that the
 # group shares, log π is one number for all i, so its push is ∝ Σ_i Â_i w_{i,t}: it cancels (Eq. 2) where that
 # sum is 0, which equal weights guarantee because Σ_i Â_i = 0.
 # Sources: reinforce, Williams 1992; grpo arXiv:2402.03300; dr_grpo 2503.20783; gspo 2507.18071; dapo
 # 2503.14476, cispo 2506.13585 (the batch-wide token mean is TRL's and verl's); grpo_sym and seq, the paper.
-
 def check_shapes(advantages, mask, *others):
     """The mask as bool. ValueError unless mask and others are (B,G,T) and advantages (B,G)."""
     shapes = [tuple(x.shape) for x in (mask, *others)]
@@ -195,12 +189,10 @@ def check_shapes(advantages, mask, *others):
 
 def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=None, max_length=None):
     """The weight w_{i,t} of every token under `loss`: exactly 0 off the mask, and without gradient.
-
     logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T).
     clip_eps: a number or a pair (low, high); inf: no clip; None: the loss's own, as in LOSSES.
     max_length: the constant length L of reinforce, dr_grpo, grpo_sym and seq; None: T.
-    Raises ValueError naming an unknown loss, a wrong shape, or a clip that is not positive.
-    """
+    ValueError: unknown loss, wrong shape, or a clip that is not positive."""
     require(loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
     mask = check_shapes(advantages, mask, logprobs, old_logprobs)
     eps = clip_eps if clip_eps is not None else LOSSES[loss] or math.inf
@@ -208,9 +200,9 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
     require(low > 0 and high > 0, f"clip_eps must be positive; got {clip_eps}")
     log_r = (logprobs - old_logprobs).detach().masked_fill(~mask, 0.0)  # (B,G,T)
     r = log_r.exp()  # the token's importance ratio
-    log_s = log_r.sum(dim=-1, keepdim=True)  # (B,G,1) the whole completion's
+    log_s = log_r.sum(-1, keepdim=True)  # (B,G,1) the whole completion's
     A = advantages[..., None]  # (B,G,1); only its sign matters here
-    n = mask.sum(dim=-1, keepdim=True).clamp(min=1)  # (B,G,1) scored tokens of each trajectory
+    n = mask.sum(-1, keepdim=True).clamp(min=1)  # (B,G,1) scored tokens of each trajectory
     L = max_length or mask.shape[-1]
     BG, M = advantages.numel(), mask.sum().clamp(min=1)  # the batch's trajectories and scored tokens
 
@@ -229,7 +221,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
         case "seq":       w = log_s.exp() / L                        # broken by the other tokens' ratios
     return w.expand_as(r).masked_fill(~mask, 0.0)
 
-# ---- 6. Transforms: make the weights cancel at shared tokens
+# ---- 6. Transforms: make the weights cancel at shared tokens (Eqs. 17 and 18)
 def transform_weights(weights, advantages, mask, kind: str):
     """Change w along the group, position by position, over the trajectories still scored ("alive") there.
 
@@ -243,21 +235,19 @@ def transform_weights(weights, advantages, mask, kind: str):
     Min-Replace does two things: equal weights make a shared token's pushes cancel, since Σ_i Â_i = 0, and the
     smallest makes the step smaller. off, mean, shrink and min are the 2 x 2 of these. On a clipped loss min
     and shrink stop a whole group once one trajectory is clipped: a trust region that needs no shared token.
-    Where all weights are equal anyway (first inner step, equal lengths) all five are the same.
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. A lone
-    survivor gets 0 under orth. Raises ValueError naming an unknown kind or a wrong shape.
-    """
+    survivor gets 0 under orth. ValueError: unknown kind or wrong shape."""
     require(kind in TRANSFORMS, f"transform must be one of {', '.join(TRANSFORMS)}; got {kind!r}")
     alive = check_shapes(advantages, mask, weights)
     w = weights.masked_fill(~alive, 0.0)
     A = advantages[..., None].expand_as(w).masked_fill(~alive, 0.0)
-    norm2 = (A * A).sum(dim=1, keepdim=True)  # (B,1,T): ‖Â‖² over the alive
-    mean = w.sum(dim=1, keepdim=True) / alive.sum(dim=1, keepdim=True).clamp(min=1)  # (B,1,T)
-    smallest = w.masked_fill(~alive, math.inf).amin(dim=1, keepdim=True)  # (B,1,T), inf where nobody is alive
+    norm2 = (A * A).sum(1, keepdim=True)  # (B,1,T): ‖Â‖² over the alive
+    mean = w.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)  # (B,1,T)
+    smallest = w.masked_fill(~alive, math.inf).amin(1, keepdim=True)  # (B,1,T), inf where nobody is alive
     match kind:
         case "min":    w = smallest.expand_as(w)
-        case "orth":   w = w - (A * w).sum(dim=1, keepdim=True) / norm2.masked_fill(norm2 == 0, 1.0) * A
+        case "orth":   w = w - (A * w).sum(1, keepdim=True) / norm2.masked_fill(norm2 == 0, 1.0) * A
         case "mean":   w = mean.expand_as(w)
         case "shrink": w = w * (smallest / mean.masked_fill(mean == 0, 1.0))
     return w.masked_fill(~alive, 0.0)
@@ -270,7 +260,7 @@ def policy_loss(logprobs, weights, advantages):
 
 def cancellation_residual(weights, advantages):
     """|Σ_i Â_i w_{i,t}| / G, the size of Eq. 2's left side: weights (B,G,T), advantages (B,G) -> (B,T)."""
-    return (advantages[..., None] * weights).mean(dim=1).abs()
+    return (advantages[..., None] * weights).mean(1).abs()
 
 # ---- 8. Warm start: a policy that knows the form of the task and gets a third of it right
 def named_generator(seed: int, use: str) -> torch.Generator:
@@ -320,7 +310,8 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
     mask, seen = completion_mask(tokens), []  # (B,G,T)
     advantages, counted = credit(tokens, rewards, config.duplicates)  # (B,G), (B,G)
     scored = mask & counted[..., None]  # by the policy loss; the KL counts every completion
-    reference_logprobs = completion_logprobs(reference, prompts, tokens).detach()  # (B,G,T,V)
+    with torch.no_grad():
+        reference_logprobs = completion_logprobs(reference, prompts, tokens)  # (B,G,T,V)
     for inner in range(config.inner_steps):
         every = completion_logprobs(policy, prompts, tokens)  # (B,G,T,V)
         logprobs = every.gather(-1, tokens[..., None]).squeeze(-1)  # (B,G,T)
@@ -337,7 +328,7 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
         optimizer.step()
         shared = weights[..., : config.fork]  # empty for fork 0: the two means below are nan
         push = cancellation_residual(shared, advantages)  # (B,fork)
-        size = (advantages[..., None] * shared).abs().mean(dim=1)
+        size = (advantages[..., None] * shared).abs().mean(1)
         residual = push / size.masked_fill(size == 0, 1.0)  # from 0, all cancels, to 1, nothing does
         seen.append(dict(net_push=push.mean() * config.inner_steps, residual=residual.mean(), kl=kl.detach(),
                          grad_norm=grad_norm, reward=rewards.mean()))
@@ -368,8 +359,7 @@ def evaluate(policy, task, start) -> dict:
     """Exact measures against the policy `start`; nan where no prompt has two solutions.
     accuracy          Σ_y π(y|x) over right y, mean over prompts
     solution_entropy  entropy of π(y | x, right) / log(number of right y): 1 even, 0 one left
-    solution_drift    |change of the log-odds of y_a and y_b| in nats, over pairs, then prompts (Cor. 3.2)
-    """
+    solution_drift    |change of the log-odds of y_a and y_b| in nats, over pairs, then prompts (Cor. 3.2)"""
     log_p, exists = solution_logprobs(policy, task), solution_table(task)[2]  # both (B,S)
     accuracy = log_p.exp().sum(1).mean().item()
     several = exists.sum(1) >= 2
@@ -383,18 +373,32 @@ def evaluate(policy, task, start) -> dict:
     return dict(accuracy=accuracy, solution_entropy=entropy.mean().item(), solution_drift=drift.mean().item())
 
 @torch.no_grad()
-def learning_tax(policy, before, task, fork: int) -> float:
-    """KL(policy ‖ before) in nats, summed over an opening's tokens, mean over right openings (Prop. 3.1)."""
-    prompts, tokens, exists = solution_table(task)
-    openings = tokens[..., : max(fork, 1)]  # (B,S,K): with fork 2 the openings of 75= are 7+ and 5+
-    now, then = (completion_logprobs(each, prompts, openings) for each in (policy, before))  # (B,S,K,V)
-    kl = ((now.exp() * (now - then)).sum(-1) * completion_mask(openings)).sum(-1)  # (B,S)
+def opening_logprobs(policy, task, fork: int):
+    """Log-probabilities at the right openings, 7+ and 5+ for 75= at fork 2: (B,S,max(fork,1),V) in nats."""
+    prompts, tokens, _ = solution_table(task)
+    return completion_logprobs(policy, prompts, tokens[..., : max(fork, 1)])
+
+def learning_tax(after, before, task) -> float:
+    """KL(after ‖ before) of two opening_logprobs, summed over an opening, mean over openings (Prop. 3.1)."""
+    _, tokens, exists = solution_table(task)
+    mask = completion_mask(tokens)[..., : after.shape[2]]  # (B,S,fork)
+    kl = ((after.exp() * (after - before)).sum(-1) * mask).sum(-1)  # (B,S)
     return ((kl * exists).sum(1) / exists.sum(1)).mean().item()
+
+def samples(policy, task, seed: int) -> str:
+    """What the policy says most often to three prompts, of 100 samples each."""
+    prompts, generator = random.Random(seed).sample(task.prompts(), 3), named_generator(seed, "samples")
+    tokens, lines = sample_groups(policy, prompt_tokens(prompts), 100, 0, task.max_completion, generator), []
+    for prompt, rows in zip(prompts, tokens):
+        common = Counter(map(decode, rows)).most_common(3)
+        said = (f"{n} x {text}" + " (wrong)" * (not task.reward(prompt, text)) for text, n in common)
+        lines.append(f"{prompt}  {',  '.join(said)}")
+    return "\n".join(lines)
 
 # ---- 11. One training run: (configuration, seed) -> curves, the same bits every time
 def train(config: Config, seed: int, **bar) -> dict:
     """Warm start, then `steps` rollouts with an update on each, under a live bar with tqdm's options `bar`.
-    Returns 40 to 80 evaluations, "curves", and the means of their last quarter, "final": one is noisy."""
+    Returns "curves", 40 to 80 evaluations, "final", means of their last quarter (one is noisy), "samples"."""
     torch.set_num_threads(1)  # one process per run instead: faster here, and the same bits on any machine
     task, stage = TASKS[config.task], config
     reference, generator = warm_start(task, seed), named_generator(seed, "sampling")
@@ -404,56 +408,53 @@ def train(config: Config, seed: int, **bar) -> dict:
     total = config.steps + change // 2
     cadence = max(1, config.steps // 40)  # rollouts between two evaluations
     rows, seen, tax, net_push = [], [], 0.0, 0.0 if config.fork else math.nan
-    progress = tqdm(range(total + 1), unit=" rollouts", leave=False, dynamic_ncols=True, **bar)
-    for step in progress:
+    openings = opening_logprobs(policy, task, config.fork)
+    for step in tqdm(range(total + 1), unit=" rollouts", leave=False, dynamic_ncols=True, **bar):
         if change and step == change + 1:  # now the larger operand must come first; all arms train alike
             task, stage = LARGER_FIRST, replace(config, loss="grpo", transform="off", clip_eps=None, fork=0)
+            openings = opening_logprobs(policy, task, stage.fork)
         if step > 0:
-            before, rollout = copy.deepcopy(policy), collect(policy, task, stage, generator)
+            rollout = collect(policy, task, stage, generator)
             seen.append(update(policy, reference, optimizer, stage, *rollout))
             require(math.isfinite(seen[-1]["grad_norm"]), f"rollout {step}: the gradient norm is not finite")
-            tax += learning_tax(policy, before, task, stage.fork)
+            before, openings = openings, opening_logprobs(policy, task, stage.fork)
+            tax += learning_tax(openings, before, task)
             net_push += seen[-1]["net_push"]
         if step % cadence == 0 or step in (config.steps, total):
             row = evaluate(policy, task, reference) | (means(seen) if seen else {})
             row |= {"learning_tax": tax, "net_push": net_push}
             rows.append({"step": step} | {name: float(f"{value:.6g}") for name, value in row.items()})
             seen = []
-            progress.set_postfix_str(f"accuracy {row['accuracy']:.2f}")
     final = means([row for row in rows if row["step"] > 0.75 * total])
-    reached = [row["step"] for row in rows if row["step"] > change and row["accuracy"] >= 0.9]
-    final["to_90"] = min([*reached, total]) - change  # rollouts to accuracy 0.9, or all
-    return {"curves": {name: [row.get(name, math.nan) for row in rows] for name in rows[-1]}, "final": final}
+    curves = {name: [row.get(name, math.nan) for row in rows] for name in rows[-1]}
+    return {"curves": curves, "final": final, "samples": samples(policy, task, seed)}
 
-# ==== 12. Experiments (a reader of the paper may stop here: what follows trains many runs and draws) ====
+# ==== 12. Experiments (a reader of the paper may stop here: the rest trains many runs and draws)
 ARMS = {"off": "off", "on": "min", "orth": "orth", "mean": "mean", "shrink": "shrink"}  # word: transform
+COLOURS = {"off": "#D55E00", "on": "#0072B2", "orth": "#009E73", "mean": "#CC79A7", "shrink": "#56B4E9"}
 EXPERIMENTS = {  # name: the question, the arms' words, the settings under which each is trained
     "failure-modes": ("Does the paper's method stop the three failure modes?", "off on orth", [{}]),
     "ablation": ("Is it cancellation, or smaller steps?", "off mean orth shrink on",
-                 [{"loss": "seq"}, {"loss": "gspo"}]),
+                 [{"loss": loss} for loss in ("seq", "gspo")]),
     "control": ("Nothing is shared (fork 0): what is left, and what helps there?", "off on orth",
-                [{"fork": 0}, {"fork": 0, "duplicates": "once"}, {"fork": 0, "duplicates": "share"}]),
+                [{"fork": 0}, *({"fork": 0, "duplicates": x} for x in ("once", "share"))]),
     "tasks": ("Does it hold elsewhere? Where does it hurt?", "off on shrink", [{"task": x} for x in TASKS]),
-    "frontier": ("Is it only slower learning? And what if training is rough?", "off on shrink",
-                 [{"lr": lr} for lr in (3e-5, 1e-4, 2e-4, 3e-4)]),
-    "losses": ("Which losses break? And is DFPO (on seq) faster or better than gspo?", "off on",
-               [{"loss": loss} for loss in LOSSES]
-               + [{"loss": "gspo", "clip_eps": clip} for clip in (0.02, 0.1, math.inf)]),
-    "sensitivity": ("Does the headline hang on our choices?", "off on",
-                    [{}, {"kl": 0.0}, *({"max_grad_norm": x} for x in (0.15, math.inf)),
-                     *({"inner_steps": n} for n in (1, 2, 4))]),
+    "frontier": ("Is it only slow learning?", "off on shrink", [{"lr": x} for x in (3e-5, 1e-4, 2e-4, 3e-4)]),
+    "losses": ("Which losses break? And is DFPO (on seq) faster or better than gspo?", "off on", [
+        *({"loss": x} for x in LOSSES), *({"loss": "gspo", "clip_eps": x} for x in (0.02, 0.1, math.inf))]),
+    "sensitivity": ("What does the result hang on?", "off on", [{}, {"kl": 0.0}, {"max_grad_norm": 0.15},
+                    {"max_grad_norm": math.inf}, *({"inner_steps": x} for x in (1, 2, 4))]),
     "group-size": ("How does the gap grow with the group, at 64 trajectories?", "off on",
                    [{"group_size": g, "prompts": 64 // g} for g in (2, 4, 8, 16)]),
     "adapt": ("What is kept diversity worth when the verifier changes?", "off on",
               [{"task": "commute", "adapt": True, "kl": kl} for kl in (0.0, 0.02)]),
-    "mechanism": ("What do the transforms do to one group of a real run?", "", []),
-}
+    "mechanism": ("What do the transforms do to one group of a real run?", "", [])}
 
 def experiment_arms(name: str, given: dict) -> dict[str, Config]:
     """{"on lr=0.0001": Config, ...}: what is given, and what the experiment itself sets."""
     _, words, every = EXPERIMENTS[name]
-    own = ["--" + key.replace("_", "-") for settings in every for key in settings if key in given]
-    require(not own, f"experiment {name} sets {', '.join(own[:1])} itself; leave it out")
+    own = [key.replace("_", "-") for settings in every for key in settings if key in given]
+    require(not own, f"experiment {name} sets --{''.join(own[:1])} itself; leave it out")
     words, arms = ARMS if name == "failure-modes" else words.split(), {}  # there mean and shrink may join
     for settings in every:
         rest = [value if isinstance(value, str) else f"{key}={value:g}" for key, value in settings.items()]
@@ -473,68 +474,79 @@ def kept_path(out: Path, config: Config, seed: int) -> Path:
     key = hashlib.sha256(repr((config, seed, torch.__version__, code)).encode())
     return out / ".cache" / f"{key.hexdigest()[:24]}.json"
 
-def write_json(path: Path, data) -> None:
-    """Write, then rename: a reader finds the old file or the new one, never half of one. nan becomes null."""
+def write_json(path: Path, data):
+    """Write, then rename: a reader finds the old file or the new one, never a half. nan becomes null."""
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(data).replace("NaN", "null").replace("Infinity", '"inf"') + "\n")
     temporary.replace(path)
 
-def start_worker(lock) -> None:
+def read_json(path: Path) -> dict:
+    """What write_json wrote; {} where no such file is, or a damaged one: it is made again."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+def start_worker(lock):
     """First in a worker process: share the bars' lock, and end when the parent does."""
     tqdm.set_lock(lock)
-    ends = lambda: os._exit(multiprocessing.parent_process().join() or 1)
-    threading.Thread(target=ends, daemon=True).start()
+    threading.Thread(target=lambda: os._exit(mp.parent_process().join() or 1), daemon=True).start()
 
 def train_and_keep(label: str, config: Config, seed: int, path: Path) -> str | None:
     """Train and keep one run, in a worker process with a bar on a line of its own; or say what failed."""
-    line = multiprocessing.current_process()._identity[0]  # 1, 2, ...; the bar of all runs is on line 0
+    line = mp.current_process()._identity[0]  # 1, 2, ...; the bar of all runs is on line 0
     try:
         write_json(path, train(config, seed, desc=f"{label}, seed {seed}", position=line, disable=None))
-    except (ValueError, RuntimeError) as error:  # training diverged; too little memory
+    except (ValueError, RuntimeError, OSError) as error:  # diverged; too little memory; a full disk
         return f"{label}, seed {seed}: {error}"
 
 def train_all(units: list) -> list[str]:
     """train_and_keep the units, side by side; returns a message for each that failed."""
-    context = multiprocessing.get_context("spawn")
+    context = mp.get_context("spawn")
     tqdm.set_lock(lock := context.RLock())
+    pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(units)), context, start_worker, (lock,))
     ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: it is for the parent
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(units)), context, start_worker, (lock,)) as pool:
-        messages = pool.map(train_and_keep, *zip(*units))
-        signal.signal(signal.SIGINT, ctrl_c)
-        try:
-            return [message for message in tqdm(messages, "runs", len(units), leave=False) if message]
-        except BrokenExecutor:
-            return ["a worker process died; the same command continues with what is missing"]
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+    messages = pool.map(train_and_keep, *zip(*units))
+    signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        return [message for message in tqdm(messages, "runs", len(units), leave=False) if message]
+    except BrokenExecutor:
+        return ["a worker process died; the same command continues with what is missing"]
+    finally:  # all is done, or Ctrl-C
+        for process in mp.active_children():
+            process.kill()
 
-def run_experiment(name: str, given: dict, words, seeds: list[int], out: Path, command: str) -> list[str]:
+def run_experiment(name: str, given: dict, words: str, seeds, out: Path, command: str) -> list[str]:
     """Train the arms `words`; OUT/NAME.json has every arm whose runs are all kept. Returns what failed."""
+    path = out / f"{name}.json"
+    if name == "mechanism":
+        write_json(path, {"experiment": name, "command": command} | mechanism(Config(**given), seeds[0]))
+        return []
     arms, whole = experiment_arms(name, given), {}
-    units = [(word, arms[word], seed, kept_path(out, arms[word], seed)) for seed in seeds for word in arms]
-    wanted = [unit for unit in units if unit[0].split()[0] in words]
-    missing = [unit for unit in wanted if not unit[3].exists()]
+    old, setting = read_json(path), f"{[*arms.values()][0]}, seeds {seeds}"
+    if old.get("setting", setting) != setting:
+        print(f"{name}: replaces the result of: {old['command']}")
+    units = [(label, x, seed, kept_path(out, x, seed)) for seed in seeds for label, x in arms.items()]
+    wanted = [unit for unit in units if unit[0].split()[0] in words.split()]
+    missing = [unit for unit in wanted if not read_json(unit[3])]
     print(f"{name}: {len(missing)} runs to train, {len(wanted) - len(missing)} kept from before", flush=True)
     failed = train_all(missing) if missing else []
     for label, config in arms.items():
-        paths = [path for each, *_, path in units if each == label]
-        if all(path.exists() for path in paths):
-            runs = [json.loads(path.read_text()) for path in paths]
+        runs = [read_json(kept) for each, *_, kept in units if each == label]
+        if all(runs):  # else an arm is not whole yet
             gather = lambda part: {m: [run[part][m] for run in runs] for m in runs[0][part]}
-            curves = gather("curves")
-            curves["step"] = curves["step"][0]  # the same for every seed
-            whole[label] = dict(config=asdict(config), seeds=seeds, final=gather("final"), curves=curves)
+            curves = gather("curves") | {"step": runs[0]["curves"]["step"]}
+            whole[label] = dict(config=asdict(config), seeds=seeds, final=gather("final"), curves=curves,
+                                samples=runs[0]["samples"])
     if whole:
-        write_json(out / f"{name}.json", {"experiment": name, "command": command, "arms": whole})
+        write_json(path, {"experiment": name, "command": command, "setting": setting, "arms": whole})
     return failed
 
 def mechanism(config: Config, seed: int) -> dict:
-    """The group of a first rollout that breaks Eq. 2 most, and its weights there after the inner steps."""
-    start = warm_start(TASKS[config.task], seed)
+    """The group of a first rollout that breaks Eq. 2 most, and its weights after the inner steps."""
+    task, start = TASKS[config.task], warm_start(TASKS[config.task], seed)
     policy = copy.deepcopy(start)
-    prompts, tokens, rewards = collect(policy, TASKS[config.task], config, named_generator(seed, "sampling"))
+    prompts, tokens, rewards = collect(policy, task, config, named_generator(seed, "sampling"))
     update(policy, start, adamw(policy, config.lr), config, prompts, tokens, rewards)
     logprobs, old_logprobs = (token_logprobs(each, prompts, tokens) for each in (policy, start))
     A, mask = group_advantages(rewards), completion_mask(tokens)
@@ -544,12 +556,12 @@ def mechanism(config: Config, seed: int) -> dict:
     return {"prompt": decode(prompts[worst]), "completions": [decode(row) for row in tokens[worst]],
             "advantages": A[worst].tolist(), "weights": weights}
 
-# ---- 14. Statistics and tables, from an experiment's JSON alone
+# ---- 14. Tables, figures and the page of results, from the experiments' JSON alone
 MEASURES = {"net_push": "ineffective: net push\n(lower is better)",
             "learning_tax": "learning tax, nats\n(lower is better)",
             "solution_drift": "solution drift, nats\n(lower is better)",
             "solution_entropy": "solution entropy\n(1 even, 0 collapsed)",
-            "accuracy": "accuracy\n(higher is better)", "residual": "residual", "to_90": "rollouts to 0.9"}
+            "accuracy": "accuracy\n(higher is better)", "residual": "residual"}
 
 @functools.cache
 def t_draws(n: int):
@@ -559,7 +571,7 @@ def t_draws(n: int):
 def t_interval(values):
     """A value per seed, (S,) -> mean; low and high of its 95% t interval; two-sided p of a mean of 0."""
     mean, n = np.mean(values), len(values)
-    if n < 2:  # one seed: no interval
+    if n < 2:
         return mean, math.nan, math.nan, math.nan
     spread = t_draws(n) * np.std(values, ddof=1) / math.sqrt(n)
     half, p = np.quantile(spread, 0.95), (np.sum(spread >= abs(mean)) + 1) / (len(spread) + 1)
@@ -575,33 +587,27 @@ def holm(p_values, level: float = 0.05):
 def table(arms: dict) -> str:
     """Arms: mean ± standard deviation over seeds. Pairs: difference paired by seed, 95% t interval, * where
     it survives Holm's correction over its column; the ratio of drifts likewise, on logarithms."""
-    arms = {label: {m: np.array(arm["final"][m], float) for m in MEASURES} for label, arm in arms.items()}
-    several = len(next(iter(arms.values()))["accuracy"]) > 1
-    pairs = compared(arms) if several else []
+    data = {label: {m: np.array(arm["final"][m], float) for m in MEASURES} for label, arm in arms.items()}
+    many = all(len(x["accuracy"]) > 1 for x in data.values())  # seeds
+    pairs = compared(arms) if many else []
     columns = [[f"{len(pairs)} comparisons" if pairs else "arm", *arms, *(f"{a} - {b}" for a, b in pairs)]]
     for m, title in MEASURES.items():
-        f = {"residual": ".3f", "to_90": ".0f"}.get(m, ".2f")
-        column = [title.split("\n")[0]]
-        for x in arms.values():
-            column.append(f"{x[m].mean():{f}}" + (f" ± {x[m].std(ddof=1):{f}}" if several else ""))
-        found = [t_interval(arms[a][m] - arms[b][m]) for a, b in pairs]
+        f = ".3f" if m == "residual" else ".2f"
+        cells = [f"{x[m].mean():{f}}" + (f" ± {x[m].std(ddof=1):{f}}" if many else "") for x in data.values()]
+        found = [t_interval(data[a][m] - data[b][m]) for a, b in pairs]
         for (mean, low, high, _), survives in zip(found, holm([p for *_, p in found])):
-            column.append(f"{mean:+{f}} [{low:+{f}}, {high:+{f}}]" + ("*" if survives else ""))
-        columns.append(column)
+            cells.append(f"{mean:+{f}} [{low:+{f}}, {high:+{f}}]" + ("*" if survives else ""))
+        columns.append([title.split("\n")[0], *cells])
     if pairs:
-        logs = {label: np.log(x["solution_drift"]) for label, x in arms.items()}
-        ratios = [np.exp(t_interval(logs[a] - logs[b])[:3]) for a, b in pairs]
-        ratios = ["{:.2f} [{:.2f}, {:.2f}]".format(*ratio) for ratio in ratios]
+        logs = [np.log(data[a]["solution_drift"] / data[b]["solution_drift"]) for a, b in pairs]
+        ratios = ("{:.2f} [{:.2f}, {:.2f}]".format(*np.exp(t_interval(x)[:3])) for x in logs)
         columns.append(["ratio of drifts", *[""] * len(arms), *ratios])
     columns = [["–" if "nan" in cell else cell for cell in column] for column in columns]
     lines = [*zip(*([cell.ljust(max(map(len, column))) for cell in column] for column in columns))]
     lines.insert(1, ["-" * len(cell) for cell in lines[0]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-# ---- 15. Figures, and the page of results
-COLOURS = {"off": "#D55E00", "on": "#0072B2", "orth": "#009E73", "mean": "#CC79A7", "shrink": "#56B4E9"}
-
-def draw_curves(figure, arms: dict) -> None:
+def draw_curves(figure, arms: dict):
     """The three failure modes over training, and accuracy: mean over seeds, band from lowest to highest."""
     *panels, corner = figure.subplots(2, 3).flat
     for axes, measure in zip(panels, MEASURES):
@@ -613,7 +619,7 @@ def draw_curves(figure, arms: dict) -> None:
     corner.legend(*panels[0].get_legend_handles_labels(), loc="center", title="mean over seeds, and range")
     corner.axis("off")
 
-def draw_dots(figure, arms: dict) -> None:
+def draw_dots(figure, arms: dict):
     """A row per arm: each seed as a faint dot, the mean with its 95% t interval."""
     figure.set_size_inches(9, 1.4 + 0.27 * len(arms))
     explain = lambda label: f"{label}: {TRANSFORMS[ARMS[label.split()[0]]]}" if "mean seq" in arms else label
@@ -627,7 +633,7 @@ def draw_dots(figure, arms: dict) -> None:
         axes.grid(axis="x", color="0.9")
     axes.invert_yaxis()
 
-def draw_mechanism(figure, result: dict) -> None:
+def draw_mechanism(figure, result: dict):
     """A row per trajectory with its advantage; under each transform its weight and its push Â w."""
     A, panels = np.array(result["advantages"]), figure.subplots(1, len(ARMS), sharex=True, sharey=True)
     for axes, (word, w) in zip(panels, result["weights"].items()):
@@ -639,40 +645,39 @@ def draw_mechanism(figure, result: dict) -> None:
 
 def write_page(out: Path) -> dict[str, str]:
     """Draw every result in OUT, and write OUT/README.md; returns {experiment: its part of that page}."""
-    import matplotlib.figure  # here and not above: starting the program should not wait for it
+    import matplotlib.figure  # not above: it is slow to start
     matplotlib.rcParams.update({"axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False})
     draw, parts = {"failure-modes": draw_curves, "mechanism": draw_mechanism}, {}
     for name in (name for name in EXPERIMENTS if (out / f"{name}.json").exists()):
-        result = json.loads((out / f"{name}.json").read_text())
         figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
-        draw.get(name, draw_dots)(figure, result.get("arms", result))
+        try:
+            result = json.loads((out / f"{name}.json").read_text())
+            arms = result.get("arms", {})
+            draw.get(name, draw_dots)(figure, arms or result)
+            lines = [f"## {name}", EXPERIMENTS[name][0], f"`{result['command']}`", f"![{name}]({name}.png)"]
+            lines += [table(arms)] if arms else []
+            lines += [f"{x}, 100 samples each:\n```\n{arms[x]['samples']}\n```" for x in arms if x in ARMS]
+        except Exception as error:
+            raise ValueError(f"{out / name}.json is not a result of this program: {error!r}") from error
         figure.savefig(out / f"{name}.png")
-        lines = [f"## {name}", EXPERIMENTS[name][0], f"`{result['command']}`", f"![{name}]({name}.png)"]
-        parts[name] = "\n\n".join([*lines, *([table(result["arms"])] if "arms" in result else [])])
-    require(parts, f"no results in {out}; the same command without --plot makes one")
+        parts[name] = "\n\n".join(lines)
+    require(parts, f"no results in {out}")
     text = "\n\n".join(["# Results", " ".join(table.__doc__.split()), *parts.values()])
     (out / "README.md").write_text(text + "\n", encoding="utf-8")
     return parts
 
-# ---- 16. Command line
-EPILOG = """examples:
-  python tokrl.py                                     off and on, one seed
-  python tokrl.py --transform orth --loss gspo        one arm of another loss
-  python tokrl.py --experiment control --seeds 0-7    a comparison, as in figures/README.md"""
-
+# ---- 15. Command line
 def seed_range(text: str) -> list[int]:
     """'3' -> [3]; '0-7' -> [0, ..., 7]."""
-    first, dash, last = text.partition("-")
-    fine = first.isdecimal() and (last if dash else first).isdecimal() and int(first) <= int(last or first)
+    first, _, last = (text if "-" in text else f"{text}-{text}").partition("-")
+    fine = first.isdecimal() and last.isdecimal() and int(first) <= int(last)
     require(fine, f"seeds must be N, or A-B with A <= B; got {text!r}")
-    return list(range(int(first), int(last or first) + 1))
+    return list(range(int(first), int(last) + 1))
 
 def parse(argv: list[str]) -> dict:
-    """The options that are given. ValueError names a bad one, and what comes nearest to an unknown one."""
-    parser = argparse.ArgumentParser(
-        "tokrl.py", description=__doc__.splitlines()[0], epilog=EPILOG, argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = functools.partial(require, False)
+    """The options that are given. ValueError names a bad one."""
+    parser = ArgumentParser("tokrl.py", description=__doc__.splitlines()[0], argument_default=SUPPRESS)
+    parser.error = lambda message: require(False, f"{message}; --help lists every option")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--transform", choices=(*ARMS, "min", "both"), help="of the weights (both: off, on)")
     what.add_argument("--experiment", choices=EXPERIMENTS, help="a comparison; it sets some options itself")
@@ -683,38 +688,33 @@ def parse(argv: list[str]) -> dict:
                             choices=valid if isinstance(valid, tuple) else None)
     parser.add_argument("--seeds", help="N or A-B (default 0)")
     parser.add_argument("--out", type=Path, help="folder for results (default runs)")
-    known, unknown = parser.parse_known_args(argv)
-    near = difflib.get_close_matches(str(unknown[:1]), parser._option_string_actions, 1, 0)
-    require(not unknown, f"unknown: {' '.join(unknown)}; the nearest option is {near[0]}")
-    return vars(known)
+    return vars(parser.parse_args(argv))
 
 def main(argv: list[str] | None = None) -> int:
-    """The program; its status is 0, 1 where a run failed, 2 with one line for bad input, 130 after Ctrl-C."""
+    """Returns the status: 0, 1 where a run failed, 2 with one line for bad input, 130 after Ctrl-C."""
     argv, failed = sys.argv[1:] if argv is None else argv, []
     try:
-        given, command = parse(argv), shlex.join(["python", "tokrl.py", *argv])
+        given = parse(argv)
         out, plot = given.pop("out", Path("runs")), given.pop("plot", False)
         require(not (plot and given), "--plot draws all that is in --out; leave out the rest")
         seeds, word = seed_range(given.pop("seeds", "0")), given.pop("transform", "both")
-        if not plot:
-            (out / ".cache").mkdir(parents=True, exist_ok=True)
-        name = given.pop("experiment", None)
+        name = given.pop("experiment", "")
         words = EXPERIMENTS[name][1] if name else {"both": "off on", "min": "on"}.get(word, word)
         name = name or "failure-modes"
-        if name == "mechanism":
-            write_json(out / f"{name}.json", {"command": command} | mechanism(Config(**given), seeds[0]))
-        elif not plot:
-            failed = run_experiment(name, given, words.split(), seeds, out, command)
+        if not plot:
+            (out / ".cache").mkdir(parents=True, exist_ok=True)
+            failed = run_experiment(name, given, words, seeds, out, shlex.join(["python", "tokrl.py", *argv]))
             sys.stderr.writelines(f"tokrl.py: {message}\n" for message in failed)
         parts = write_page(out)
-        print(*(parts.values() if plot else [parts[name]]), f"All results: {out / 'README.md'}", sep="\n\n")
-        return 1 if failed else 0
+        wanted = [*parts] if plot else [name]
+        print(*(parts[x] for x in wanted if x in parts), f"All results: {out / 'README.md'}", sep="\n\n")
     except (ValueError, OSError) as error:
         print(f"tokrl.py: {error}", file=sys.stderr)
         return 1 if failed else 2
     except KeyboardInterrupt:
         print("\nStopped. The same command continues with what is missing.", file=sys.stderr)
         return 130
+    return 1 if failed else 0
 
 if __name__ == "__main__":
     sys.exit(main())
