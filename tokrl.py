@@ -656,7 +656,7 @@ def write_page(out: Path) -> dict[str, str]:
             draw.get(name, draw_dots)(figure, arms or result)
             lines = [f"## {name}", EXPERIMENTS[name][0], f"`{result['command']}`", f"![{name}]({name}.png)"]
             lines += [table(arms)] if arms else []
-            lines += [f"{x}, 100 samples each:\n```\n{arms[x]['samples']}\n```" for x in arms if x in ARMS]
+            lines += [f"{x}, 100 samples each:\n```\n{arms[x]['samples']}\n```" for x in arms if name in draw]
         except Exception as error:
             raise ValueError(f"{out / name}.json is not a result of this program: {error!r}") from error
         figure.savefig(out / f"{name}.png")
