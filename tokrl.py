@@ -37,9 +37,9 @@ from toy_tasks import EOS, LARGER_FIRST, PAD, TASKS, VOCAB, decode, encode
 
 LOSSES = {"reinforce": None, "grpo": 0.2, "dr_grpo": 0.2, "dapo": 0.2, "grpo_sym": 0.2, "cispo": 0.2,
           "gspo": 0.04, "seq": None}  # each with its usual clip; None: it has none
-TRANSFORMS = {"off": "unequal weights, full steps", "min": "equal weights, smaller steps",
-              "orth": "cancels by projection, full steps", "mean": "equal weights, full steps",
-              "shrink": "unequal weights, smaller steps"}
+TRANSFORMS = {"off": "unequal weights, full size", "min": "equal weights, smaller",
+              "orth": "cancels by projection, full size", "mean": "equal weights, full size",
+              "shrink": "unequal weights, smaller"}
 
 # ---- 1. Configuration
 def require(condition, message: str):
@@ -215,7 +215,7 @@ def effective_weights(loss, logprobs, old_logprobs, advantages, mask, clip_eps=N
         case "grpo":      w = clipped(r) / n                         # broken by 1/n, and where a clip bites
         case "dr_grpo":   w = clipped(r) / L                         # broken where a clip bites: it sees Â
         case "dapo":      w = clipped(r) * BG / M                    # broken where a clip bites
-        case "grpo_sym":  w = r.masked_fill((r < 1 - low) | (r > 1 + high), 0.0) / L  # cancels: clip is blind
+        case "grpo_sym":  w = r.masked_fill((r < 1 - low) | (r > 1 + high), 0.0) / L  # cancels: blind to Â
         case "cispo":     w = r.clamp(max=1 + high) * BG / M         # cancels
         case "gspo":      w = clipped((log_s / n).exp()) / n         # broken: ratio, clip and n differ
         case "seq":       w = log_s.exp() / L                        # broken by the other tokens' ratios
@@ -232,9 +232,9 @@ def transform_weights(weights, advantages, mask, kind: str):
         mean     mean_j w_j                    control                yes        no
         shrink   w_i (min_j w_j / mean_j w_j)  control                no         yes
 
-    Min-Replace does two things: equal weights make a shared token's pushes cancel, since Σ_i Â_i = 0, and the
-    smallest makes the step smaller. off, mean, shrink and min are the 2 x 2 of these. On a clipped loss min
-    and shrink stop a whole group once one trajectory is clipped: a trust region that needs no shared token.
+    Min-Replace does two things: equal weights make a shared token's pushes cancel, as Σ_i Â_i = 0, and the
+    smallest makes a group whose ratios have spread count for less. off, mean, shrink and min are the 2 x 2.
+    On a clipped loss min and shrink stop a group once one trajectory is clipped: a trust region of a kind.
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask. A lone
     survivor gets 0 under orth. ValueError: unknown kind or wrong shape."""
@@ -332,7 +332,7 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
         residual = push / size.masked_fill(size == 0, 1.0)  # from 0, all cancels, to 1, nothing does
         seen.append(dict(net_push=push.mean() * config.inner_steps, residual=residual.mean(), kl=kl.detach(),
                          grad_norm=grad_norm, reward=rewards.mean()))
-    return means(seen)
+    return means(seen)  # of net_push so the sum
 
 def means(rows: list[dict]) -> dict:
     """The mean of each number over rows."""
@@ -434,7 +434,7 @@ ARMS = {"off": "off", "on": "min", "orth": "orth", "mean": "mean", "shrink": "sh
 COLOURS = {"off": "#D55E00", "on": "#0072B2", "orth": "#009E73", "mean": "#CC79A7", "shrink": "#56B4E9"}
 EXPERIMENTS = {  # name: the question, the arms' words, the settings under which each is trained
     "failure-modes": ("Does the paper's method stop the three failure modes?", "off on orth", [{}]),
-    "ablation": ("Is it cancellation, or smaller steps?", "off mean orth shrink on",
+    "ablation": ("Is it cancellation, or smaller weights?", "off mean orth shrink on",
                  [{"loss": loss} for loss in ("seq", "gspo")]),
     "control": ("Nothing is shared (fork 0): what is left, and what helps there?", "off on orth",
                 [{"fork": 0}, *({"fork": 0, "duplicates": x} for x in ("once", "share"))]),
@@ -442,7 +442,7 @@ EXPERIMENTS = {  # name: the question, the arms' words, the settings under which
     "frontier": ("Is it only slow learning?", "off on shrink", [{"lr": x} for x in (3e-5, 1e-4, 2e-4, 3e-4)]),
     "losses": ("Which losses break? And is DFPO (on seq) faster or better than gspo?", "off on", [
         *({"loss": x} for x in LOSSES), *({"loss": "gspo", "clip_eps": x} for x in (0.02, 0.1, math.inf))]),
-    "sensitivity": ("What does the result hang on?", "off on", [{}, {"kl": 0.0}, {"max_grad_norm": 0.15},
+    "sensitivity": ("What does it depend on?", "off on", [{}, {"kl": 0.0}, {"max_grad_norm": 0.15},
                     {"max_grad_norm": math.inf}, *({"inner_steps": x} for x in (1, 2, 4))]),
     "group-size": ("How does the gap grow with the group, at 64 trajectories?", "off on",
                    [{"group_size": g, "prompts": 64 // g} for g in (2, 4, 8, 16)]),
@@ -585,16 +585,16 @@ def holm(p_values, level: float = 0.05):
     return survive
 
 def table(arms: dict) -> str:
-    """Arms: mean ± standard deviation over seeds. Pairs: difference paired by seed, 95% t interval, * where
-    it survives Holm's correction over its column; the ratio of drifts likewise, on logarithms."""
+    """Arms: last quarter of training, mean ± standard deviation over seeds. Pairs: difference by seed, 95% t
+    interval, * where it survives Holm's correction over its column; last, the geometric mean of ratios."""
     data = {label: {m: np.array(arm["final"][m], float) for m in MEASURES} for label, arm in arms.items()}
     many = all(len(x["accuracy"]) > 1 for x in data.values())  # seeds
     pairs = compared(arms) if many else []
-    columns = [[f"{len(pairs)} comparisons" if pairs else "arm", *arms, *(f"{a} - {b}" for a, b in pairs)]]
+    columns = [[f"arm; {len(pairs)} pairs" if pairs else "arm", *arms, *(f"{a} - {b}" for a, b in pairs)]]
     for m, title in MEASURES.items():
         f = ".3f" if m == "residual" else ".2f"
         cells = [f"{x[m].mean():{f}}" + (f" ± {x[m].std(ddof=1):{f}}" if many else "") for x in data.values()]
-        found = [t_interval(data[a][m] - data[b][m]) for a, b in pairs]
+        found = [t_interval(np.round(data[a][m] - data[b][m], 5)) for a, b in pairs]
         for (mean, low, high, _), survives in zip(found, holm([p for *_, p in found])):
             cells.append(f"{mean:+{f}} [{low:+{f}}, {high:+{f}}]" + ("*" if survives else ""))
         columns.append([title.split("\n")[0], *cells])
@@ -615,7 +615,7 @@ def draw_curves(figure, arms: dict):
             steps, rows = arm["curves"]["step"], np.array(arm["curves"][measure], float)
             axes.plot(steps, rows.mean(0), color=COLOURS[word], label=f"{word}: {TRANSFORMS[ARMS[word]]}")
             axes.fill_between(steps, rows.min(0), rows.max(0), color=COLOURS[word], alpha=0.2, lw=0)
-        axes.set(title=MEASURES[measure], xlabel="rollouts", ylim=(0, None))
+        axes.set(title=MEASURES[measure], xlabel="rollouts", ylim=(-0.02 * axes.get_ylim()[1], None))
     corner.legend(*panels[0].get_legend_handles_labels(), loc="center", title="mean over seeds, and range")
     corner.axis("off")
 
@@ -639,9 +639,9 @@ def draw_mechanism(figure, result: dict):
     for axes, (word, w) in zip(panels, result["weights"].items()):
         axes.barh(range(len(A)), w, color=COLOURS[word], alpha=0.35)
         axes.barh(range(len(A)), A * w, height=0.3, color=COLOURS[word])
-        axes.set(title=f"{word}: mean\npush {np.mean(A * w):+.3f}", yticks=range(len(A)))
+        axes.set(title=f"{word}\nmean push {np.mean(A * w):+.3f}", yticks=range(len(A)))
     panels[0].set_yticklabels([f"{text}   Â {a:+.2f}" for text, a in zip(result["completions"], A)])
-    figure.suptitle(f"A group of prompt {result['prompt']}: each one's weight w (light) and push Â w (dark)")
+    figure.suptitle(f"Prompt {result['prompt']}, first token: weights w (light) and pushes Â w (dark)")
 
 def write_page(out: Path) -> dict[str, str]:
     """Draw every result in OUT, and write OUT/README.md; returns {experiment: its part of that page}."""
@@ -656,7 +656,7 @@ def write_page(out: Path) -> dict[str, str]:
             draw.get(name, draw_dots)(figure, arms or result)
             lines = [f"## {name}", EXPERIMENTS[name][0], f"`{result['command']}`", f"![{name}]({name}.png)"]
             lines += [table(arms)] if arms else []
-            lines += [f"{x}, 100 samples each:\n```\n{arms[x]['samples']}\n```" for x in arms if name in draw]
+            lines += [f"{x}, commonest of 100:\n```\n{arms[x]['samples']}\n```" for x in arms if name in draw]
         except Exception as error:
             raise ValueError(f"{out / name}.json is not a result of this program: {error!r}") from error
         figure.savefig(out / f"{name}.png")
