@@ -8,8 +8,7 @@ Each audit_* function returns (place, statement, measured, verdict): computed, n
 """
 
 import copy, functools, importlib, itertools, json, math, os, random, re, shlex, shutil, signal, subprocess
-import sys, time
-from collections import Counter
+import collections, sys, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def test_solutions_are_right_by_arithmetic():
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_demonstrations_are_half_wrong_and_spread_evenly(task):
     rng, prompt = random.Random(0), task.prompts()[len(task.prompts()) // 2]
-    demonstrations = Counter(task.demonstration(prompt, rng) for _ in range(4000))
+    demonstrations = collections.Counter(task.demonstration(prompt, rng) for _ in range(4000))
     mean = np.mean(right := [demonstrations[s] for s in task.solutions(prompt)])
     assert abs(sum(right) - 2000) < 160 and all(abs(n - mean) < 5 * math.sqrt(mean) for n in right)  # 5 sd
 
@@ -498,10 +497,10 @@ def test_a_kept_run_belongs_to_its_configuration_seed_and_code(tmp_path, monkeyp
     paths = {path(base, 0), path(base, 1)} | {path(replace(base, **{k: v}), 0) for k, v in ANOTHER.items()}
     assert len(paths) == 2 + len(fields(Config)) and {f.name for f in fields(Config)} == {*ANOTHER}
     assert path(Config(loss="grpo", fork=2), 0) == path(base, 0)
-    for edited, name in itertools.product(("tokrl.py", "toy_tasks.py"), repeat=2):  # an edit of either
-        (tmp_path / name).write_bytes((HERE / name).read_bytes() + b"# an edit\n" * (name == edited))
-        monkeypatch.setattr(tokrl, "__file__", str(tmp_path / "tokrl.py"))
-        assert name != "toy_tasks.py" or path(base, 0) not in paths
+    assert (code := tokrl.CODE) == [(HERE / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
+    for edited in ([code[0] + b"#", code[1]], [code[0], code[1] + b"#"]):
+        monkeypatch.setattr(tokrl, "CODE", edited)
+        assert path(base, 0) not in paths
 
 # ---- 7. The audit: what each place of the paper says, and what is measured
 SHARED, GROUP = 2, group_advantages(tensor([[1, 0, 0, 1, 0]]))  # the audited group shares "7+"
@@ -699,7 +698,7 @@ def prediction_rows():
         found[name, other] = tokrl.t_interval(np.subtract(a, b))
     words = ["holds" if x[0] * PREDICTED[name][1] > 0 else "opposite" for (name, _), x in found.items()]
     survive = tokrl.holm([p for *_, p in found.values()])
-    words = [word if s else "no difference seen" for word, s in zip(words, survive)]
+    words = [word if s else "not established" for word, s in zip(words, survive)]
     return {key: (*x, word) for (key, x), word in zip(found.items(), words)}
 def audit_prediction(name: str, other: str):
     """One of the paper's three predictions for DFPO (on seq), from the recorded runs."""
@@ -711,9 +710,9 @@ def test_predictions():
     for rank, (key, (_, low, high, p, word)) in enumerate(sorted(rows.items(), key=lambda row: row[1][3])):
         better, worse = (low > 0, high < 0)[:: PREDICTED[key[0]][1]]
         still = still and p <= 0.05 / (6 - rank)  # Holm, step by step
-        assert word == ("no difference seen" if not still else "holds" if better else "opposite")
+        assert word == ("not established" if not still else "holds" if better else "opposite")
         assert not still or better or worse
-    assert len(rows) == 6 and all(row[4] == NOTED.get(key, "no difference seen") for key, row in rows.items())
+    assert len(rows) == 6 and all(row[4] == NOTED.get(key, "not established") for key, row in rows.items())
 KINDS = audit_transform_cancels, audit_transform_stop_gradient, audit_transform_bias
 ONCE = (audit_section4_clip, audit_prop31, audit_prop31_other_tokens, audit_cor32_even, audit_cor32_collapse,
         audit_cor32_counterexample, audit_cor33_random, audit_cor33_necessary, audit_cor33_positive)
@@ -741,9 +740,6 @@ def test_a_wrong_command_line_gets_one_line_and_status_2(line, says, tmp_path, m
     out, err = capfd.readouterr()
     assert out == "" and err.startswith("tokrl.py: ") and err.count("\n") == 1 and says in err
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
-def test_an_experiment_adds_its_own_settings_to_what_is_given():  # the page of results checks all of them
-    arms = tokrl.experiment_arms("control", {"steps": 40})
-    assert arms["on fork=0 once"] == Config(steps=40, fork=0, duplicates="once", transform="min")
 @pytest.fixture
 def instant(monkeypatch):
     """Training that takes no time: a run's measures are its seed + 1 and, under off, 1 more."""
@@ -767,17 +763,21 @@ def test_what_is_kept_what_is_damaged_and_what_is_replaced(instant, tmp_path, ca
     assert says("--seeds 0-2 --loss seq")[:2] == (arms, "3 runs to train, 3 kept from before")
     more, counts, _ = says("--seeds 0-2 --transform orth")  # stands beside them
     assert counts == "3 runs to train, 0 kept from before" and [*more] == ["off", "on", "orth"]
-    was = f"replaces the result of: python tokrl.py --seeds 0-2 --transform orth --out {tmp_path}"
-    assert says("")[1:3] == (was, "0 runs to train, 2 kept from before")
-    arms, was, *_ = says("--loss gspo --clip-eps inf")
-    assert was.startswith("replaces") and arms["off"]["config"]["clip_eps"] == "inf"
+    was = "replaces the result of: python tokrl.py --seeds 0-2 --transform orth --out "
+    assert says("")[2] == was + str(tmp_path)
+    assert says("--loss gspo --clip-eps Infinity")[0]["off"]["config"]["clip_eps"] == "inf"
+    shutil.rmtree(tmp_path / ".cache")
+    arms, _, was, _ = says("--loss gspo --clip-eps inf --transform on")  # off is not kept any more
+    assert was.startswith("replaces the result of: ") and [*arms] == ["on"]
+    (tmp_path / "README.md").write_text("precious")
+    assert tokrl.main(["--out", str(tmp_path)]) == 2 and "README.md is not tokrl's" in capsys.readouterr().err
 @pytest.mark.parametrize("text", ["", "[]", "3", "{}", '{"arms": {}}', '{"arms": {"off": 1}, "command": ""}'])
 def test_a_file_that_is_no_result_gets_one_line(instant, text, tmp_path, capfd):
     (tmp_path / "failure-modes.json").write_text(text), (tmp_path / "losses.json").write_text(text)
     for options in ([], ["--plot"]):  # losses.json stays in the way
         assert tokrl.main([*options, "--out", str(tmp_path)]) == 2 and [*results(tmp_path)] == ["off", "on"]
         err = capfd.readouterr().err
-        assert err.count("\n") == 1 and "losses.json is not a result of this program: " in err
+        assert err.count("\n") == 1 and "losses.json is no result of tokrl, delete it: " in err
 def test_samples_counts_what_is_said_and_marks_what_is_wrong(monkeypatch):
     def said(policy, prompts, size, fork, length, generator):
         assert (size, fork, length) == (100, 0, 8)

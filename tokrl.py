@@ -48,7 +48,7 @@ def require(condition, message: str):
         raise ValueError(message)
 
 def option(default, valid, text: str):
-    """A field of Config, also an option of the command line; `valid`: the choices, or the least number."""
+    """A field of Config and option of the command line; `valid`: the choices, or the least number."""
     return field(default=default, metadata={"valid": valid, "help": text})
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class Config:
     kl: float = option(0.02, 0.0, "weight of the exact KL to the warm start")
     clip_eps: float = option(None, 1e-9, "clip outside 1 ± this; inf: no clip (default: the loss's own)")
     adapt: bool = option(False, 0, "then half as many rollouts again, under a stricter verifier")
-
     def __post_init__(self):
         for f in fields(self):
             value, valid = getattr(self, f.name), f.metadata["valid"]
@@ -81,7 +80,7 @@ class Config:
         require(self.fork < TASKS[self.task].max_completion, f"fork {self.fork} is too long for {self.task}")
         require(self.clip_eps is None or LOSSES[self.loss], f"clip-eps: the loss {self.loss} has no clip")
 
-# ---- 2. The policy, a small causal transformer, and the log-probabilities it gives to completions
+# ---- 2. The policy, a small causal transformer, and its log-probabilities
 class Block(nn.Module):
     """Attention and a perceptron, each behind a layer norm and added to its input."""
     def __init__(self, width: int, heads: int):
@@ -90,7 +89,6 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
-
     def forward(self, x):
         """x (N,T,D) -> (N,T,D)."""
         n, t, d = x.shape
@@ -108,7 +106,6 @@ class Policy(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(VOCAB), bias=False)
         for matrix in (p for p in self.parameters() if p.dim() == 2):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
-
     def forward(self, tokens):
         """tokens (N,T) int64 -> log-probabilities (N,T,V) in nats of the token after each."""
         distinct, copy_of = tokens.unique(dim=0, return_inverse=True)  # a toy's rows are mostly copies
@@ -157,7 +154,7 @@ def group_advantages(rewards, normalize: bool = True, counted=None):
     if normalize:
         variance = advantages.square().sum(1, keepdim=True) / (n - 1).clamp(min=1)
         advantages = advantages / (variance.sqrt() + 1e-4)
-    first = rewards.gather(1, counted.int().argmax(1, keepdim=True))  # of the counted
+    first = rewards.gather(1, counted.int().argmax(1, keepdim=True))
     differ = ((rewards != first) & counted).any(1, keepdim=True)
     return advantages.masked_fill(~differ, 0.0)
 
@@ -282,6 +279,7 @@ def adamw(policy, lr: float):
 @functools.lru_cache(maxsize=4)  # all arms of a seed start from the same policy
 def warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
     """A policy after a short supervised phase on the task's demonstrations, half of which are wrong."""
+    torch.set_num_threads(1)  # one process per run: faster, and the same bits on any number of cores
     policy = Policy(named_generator(seed, "initialisation"))
     rng, optimizer = random.Random(f"{seed} demonstrations"), adamw(policy, lr)
     for step in range(steps):
@@ -399,7 +397,6 @@ def samples(policy, task, seed: int) -> str:
 def train(config: Config, seed: int, **bar) -> dict:
     """Warm start, then `steps` rollouts with an update on each, under a live bar with tqdm's options `bar`.
     Returns "curves", 40 to 80 evaluations, "final", means of their last quarter (one is noisy), "samples"."""
-    torch.set_num_threads(1)  # one process per run instead: faster here, and the same bits on any machine
     task, stage = TASKS[config.task], config
     reference, generator = warm_start(task, seed), named_generator(seed, "sampling")
     policy = copy.deepcopy(reference)
@@ -429,26 +426,27 @@ def train(config: Config, seed: int, **bar) -> dict:
     curves = {name: [row.get(name, math.nan) for row in rows] for name in rows[-1]}
     return {"curves": curves, "final": final, "samples": samples(policy, task, seed)}
 
-# ==== 12. Experiments (a reader of the paper may stop here: the rest trains many runs and draws)
+# ==== 12. Experiments (a reader of the paper may stop here)
 ARMS = {"off": "off", "on": "min", "orth": "orth", "mean": "mean", "shrink": "shrink"}  # word: transform
+CODE = [Path(__file__).with_name(name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
 COLOURS = {"off": "#D55E00", "on": "#0072B2", "orth": "#009E73", "mean": "#CC79A7", "shrink": "#56B4E9"}
 EXPERIMENTS = {  # name: the question, the arms' words, the settings under which each is trained
     "failure-modes": ("Does the paper's method stop the three failure modes?", "off on orth", [{}]),
     "ablation": ("Is it cancellation, or smaller weights?", "off mean orth shrink on",
                  [{"loss": loss} for loss in ("seq", "gspo")]),
-    "control": ("Nothing is shared (fork 0): what is left, and what helps there?", "off on orth",
+    "control": ("Nothing is shared (fork 0): what helps there?", "off on orth",
                 [{"fork": 0}, *({"fork": 0, "duplicates": x} for x in ("once", "share"))]),
     "tasks": ("Does it hold elsewhere? Where does it hurt?", "off on shrink", [{"task": x} for x in TASKS]),
     "frontier": ("Is it only slow learning?", "off on shrink", [{"lr": x} for x in (3e-5, 1e-4, 2e-4, 3e-4)]),
-    "losses": ("Which losses break? And is DFPO (on seq) faster or better than gspo?", "off on", [
+    "losses": ("Which losses break? Is DFPO (on seq) better than gspo?", "off on", [
         *({"loss": x} for x in LOSSES), *({"loss": "gspo", "clip_eps": x} for x in (0.02, 0.1, math.inf))]),
     "sensitivity": ("What does it depend on?", "off on", [{}, {"kl": 0.0}, {"max_grad_norm": 0.15},
                     {"max_grad_norm": math.inf}, *({"inner_steps": x} for x in (1, 2, 4))]),
     "group-size": ("How does the gap grow with the group, at 64 trajectories?", "off on",
                    [{"group_size": g, "prompts": 64 // g} for g in (2, 4, 8, 16)]),
-    "adapt": ("What is kept diversity worth when the verifier changes?", "off on",
+    "adapt": ("What is diversity worth when the verifier changes?", "off on",
               [{"task": "commute", "adapt": True, "kl": kl} for kl in (0.0, 0.02)]),
-    "mechanism": ("What do the transforms do to one group of a real run?", "", [])}
+    "mechanism": ("What do the transforms do to one group?", "", [{"fork": 2, "duplicates": "keep"}])}
 
 def experiment_arms(name: str, given: dict) -> dict[str, Config]:
     """{"on lr=0.0001": Config, ...}: what is given, and what the experiment itself sets."""
@@ -461,23 +459,24 @@ def experiment_arms(name: str, given: dict) -> dict[str, Config]:
         arms |= {" ".join([w, *rest]): Config(**given, **settings, transform=ARMS[w]) for w in words}
     return arms
 
-def compared(labels) -> list[tuple[str, str]]:
-    """What a table compares: `off` with other words and with `off` under one more setting; GSPO with DFPO."""
+def compared(labels):
+    """What a table compares: `off` with other words and with `off` under one more setting; all with DFPO."""
     pairs = [("off" + label.removeprefix(label.split()[0]), label) for label in labels]
     pairs += [(a, b) for a in labels for b in labels if a[:3] == "off" and b.startswith(a + " ")]
-    return [(a, b) for a, b in [*pairs, ("off gspo", "on seq")] if a != b and {a, b} <= set(labels)]
+    pairs += [(f"off {loss}", "on seq") for loss in LOSSES if loss != "seq"]
+    return [(a, b) for a, b in pairs if a != b and {a, b} <= set(labels)]
 
 # ---- 13. Many runs, one process per core, kept when finished
 def kept_path(out: Path, config: Config, seed: int) -> Path:
-    """Where the run of (config, seed) is kept: an edit of the code, or another torch, is another place."""
-    code = [Path(__file__).with_name(name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
-    key = hashlib.sha256(repr((config, seed, torch.__version__, code)).encode())
+    """Where a run is kept: an edit of the code, or another torch, is another place."""
+    key = hashlib.sha256(repr((config, seed, torch.__version__, CODE)).encode())
     return out / ".cache" / f"{key.hexdigest()[:24]}.json"
 
 def write_json(path: Path, data):
     """Write, then rename: a reader finds the old file or the new one, never a half. nan becomes null."""
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(data).replace("NaN", "null").replace("Infinity", '"inf"') + "\n")
+    plain = json.loads(json.dumps(data), parse_constant={"NaN": None, "Infinity": "inf"}.get)
+    temporary.write_text(json.dumps(plain) + "\n")
     temporary.replace(path)
 
 def read_json(path: Path) -> dict:
@@ -493,14 +492,14 @@ def start_worker(lock):
     threading.Thread(target=lambda: os._exit(mp.parent_process().join() or 1), daemon=True).start()
 
 def train_and_keep(label: str, config: Config, seed: int, path: Path) -> str | None:
-    """Train and keep one run, in a worker process with a bar on a line of its own; or say what failed."""
+    """Train and keep one run in a worker, with a bar on its own line; or say what failed."""
     line = mp.current_process()._identity[0]  # 1, 2, ...; the bar of all runs is on line 0
     try:
         write_json(path, train(config, seed, desc=f"{label}, seed {seed}", position=line, disable=None))
-    except (ValueError, RuntimeError, OSError) as error:  # diverged; too little memory; a full disk
-        return f"{label}, seed {seed}: {error}"
+    except Exception as error:  # diverged, or memory or disk is full
+        return f"{label}, seed {seed}: {(str(error) or repr(error)).splitlines()[0]}"
 
-def train_all(units: list) -> list[str]:
+def train_all(units: list) -> list:
     """train_and_keep the units, side by side; returns a message for each that failed."""
     context = mp.get_context("spawn")
     tqdm.set_lock(lock := context.RLock())
@@ -509,23 +508,21 @@ def train_all(units: list) -> list[str]:
     messages = pool.map(train_and_keep, *zip(*units))
     signal.signal(signal.SIGINT, ctrl_c)
     try:
-        return [message for message in tqdm(messages, "runs", len(units), leave=False) if message]
+        return [message for message in tqdm(messages, "runs", len(units), False, disable=None) if message]
     except BrokenExecutor:
         return ["a worker process died; the same command continues with what is missing"]
-    finally:  # all is done, or Ctrl-C
+    except KeyboardInterrupt:
         for process in mp.active_children():
             process.kill()
+        raise
 
-def run_experiment(name: str, given: dict, words: str, seeds, out: Path, command: str) -> list[str]:
+def run_experiment(name: str, given: dict, words: str, seeds, out: Path, command: str) -> list:
     """Train the arms `words`; OUT/NAME.json has every arm whose runs are all kept. Returns what failed."""
-    path = out / f"{name}.json"
+    arms, whole, path = experiment_arms(name, given), {}, out / f"{name}.json"
+    (out / ".cache").mkdir(parents=True, exist_ok=True)
     if name == "mechanism":
         write_json(path, {"experiment": name, "command": command} | mechanism(Config(**given), seeds[0]))
         return []
-    arms, whole = experiment_arms(name, given), {}
-    old, setting = read_json(path), f"{[*arms.values()][0]}, seeds {seeds}"
-    if old.get("setting", setting) != setting:
-        print(f"{name}: replaces the result of: {old['command']}")
     units = [(label, x, seed, kept_path(out, x, seed)) for seed in seeds for label, x in arms.items()]
     wanted = [unit for unit in units if unit[0].split()[0] in words.split()]
     missing = [unit for unit in wanted if not read_json(unit[3])]
@@ -533,11 +530,14 @@ def run_experiment(name: str, given: dict, words: str, seeds, out: Path, command
     failed = train_all(missing) if missing else []
     for label, config in arms.items():
         runs = [read_json(kept) for each, *_, kept in units if each == label]
-        if all(runs):  # else an arm is not whole yet
+        if all(runs):
             gather = lambda part: {m: [run[part][m] for run in runs] for m in runs[0][part]}
             curves = gather("curves") | {"step": runs[0]["curves"]["step"]}
             whole[label] = dict(config=asdict(config), seeds=seeds, final=gather("final"), curves=curves,
                                 samples=runs[0]["samples"])
+    setting, old = f"{[*arms.values()][0]}, seeds {seeds}", read_json(path)
+    if whole and old and (old.get("setting") != setting or old["arms"].keys() - whole):
+        print(f"{name}: replaces the result of: {old.get('command')}")
     if whole:
         write_json(path, {"experiment": name, "command": command, "setting": setting, "arms": whole})
     return failed
@@ -556,7 +556,7 @@ def mechanism(config: Config, seed: int) -> dict:
     return {"prompt": decode(prompts[worst]), "completions": [decode(row) for row in tokens[worst]],
             "advantages": A[worst].tolist(), "weights": weights}
 
-# ---- 14. Tables, figures and the page of results, from the experiments' JSON alone
+# ---- 14. Tables, figures and the page of results, from JSON alone
 MEASURES = {"net_push": "ineffective: net push\n(lower is better)",
             "learning_tax": "learning tax, nats\n(lower is better)",
             "solution_drift": "solution drift, nats\n(lower is better)",
@@ -571,7 +571,7 @@ def t_draws(n: int):
 def t_interval(values):
     """A value per seed, (S,) -> mean; low and high of its 95% t interval; two-sided p of a mean of 0."""
     mean, n = np.mean(values), len(values)
-    if n < 2:
+    if n < 2 or math.isnan(mean):
         return mean, math.nan, math.nan, math.nan
     spread = t_draws(n) * np.std(values, ddof=1) / math.sqrt(n)
     half, p = np.quantile(spread, 0.95), (np.sum(spread >= abs(mean)) + 1) / (len(spread) + 1)
@@ -607,7 +607,7 @@ def table(arms: dict) -> str:
     lines.insert(1, ["-" * len(cell) for cell in lines[0]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-def draw_curves(figure, arms: dict):
+def draw_curves(figure, arms):
     """The three failure modes over training, and accuracy: mean over seeds, band from lowest to highest."""
     *panels, corner = figure.subplots(2, 3).flat
     for axes, measure in zip(panels, MEASURES):
@@ -619,7 +619,7 @@ def draw_curves(figure, arms: dict):
     corner.legend(*panels[0].get_legend_handles_labels(), loc="center", title="mean over seeds, and range")
     corner.axis("off")
 
-def draw_dots(figure, arms: dict):
+def draw_dots(figure, arms):
     """A row per arm: each seed as a faint dot, the mean with its 95% t interval."""
     figure.set_size_inches(9, 1.4 + 0.27 * len(arms))
     explain = lambda label: f"{label}: {TRANSFORMS[ARMS[label.split()[0]]]}" if "mean seq" in arms else label
@@ -633,7 +633,7 @@ def draw_dots(figure, arms: dict):
         axes.grid(axis="x", color="0.9")
     axes.invert_yaxis()
 
-def draw_mechanism(figure, result: dict):
+def draw_mechanism(figure, result):
     """A row per trajectory with its advantage; under each transform its weight and its push Â w."""
     A, panels = np.array(result["advantages"]), figure.subplots(1, len(ARMS), sharex=True, sharey=True)
     for axes, (word, w) in zip(panels, result["weights"].items()):
@@ -643,9 +643,9 @@ def draw_mechanism(figure, result: dict):
     panels[0].set_yticklabels([f"{text}   Â {a:+.2f}" for text, a in zip(result["completions"], A)])
     figure.suptitle(f"Prompt {result['prompt']}, first token: weights w (light) and pushes Â w (dark)")
 
-def write_page(out: Path) -> dict[str, str]:
+def write_page(out: Path) -> dict:
     """Draw every result in OUT, and write OUT/README.md; returns {experiment: its part of that page}."""
-    import matplotlib.figure  # not above: it is slow to start
+    import matplotlib.figure  # it is slow to start
     matplotlib.rcParams.update({"axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False})
     draw, parts = {"failure-modes": draw_curves, "mechanism": draw_mechanism}, {}
     for name in (name for name in EXPERIMENTS if (out / f"{name}.json").exists()):
@@ -656,9 +656,9 @@ def write_page(out: Path) -> dict[str, str]:
             draw.get(name, draw_dots)(figure, arms or result)
             lines = [f"## {name}", EXPERIMENTS[name][0], f"`{result['command']}`", f"![{name}]({name}.png)"]
             lines += [table(arms)] if arms else []
-            lines += [f"{x}, commonest of 100:\n```\n{arms[x]['samples']}\n```" for x in arms if name in draw]
+            lines += [f"{x}, 100 samples:\n```\n{arms[x]['samples']}\n```" for x in arms if name in draw]
         except Exception as error:
-            raise ValueError(f"{out / name}.json is not a result of this program: {error!r}") from error
+            raise ValueError(f"{out / name}.json is no result of tokrl, delete it: {error!r}") from error
         figure.savefig(out / f"{name}.png")
         parts[name] = "\n\n".join(lines)
     require(parts, f"no results in {out}")
@@ -680,8 +680,8 @@ def parse(argv: list[str]) -> dict:
     parser.error = lambda message: require(False, f"{message}; --help lists every option")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--transform", choices=(*ARMS, "min", "both"), help="of the weights (both: off, on)")
-    what.add_argument("--experiment", choices=EXPERIMENTS, help="a comparison; it sets some options itself")
-    what.add_argument("--plot", action="store_true", help="train nothing; draw the results in --out again")
+    what.add_argument("--experiment", choices=EXPERIMENTS, help="a comparison; it sets some options")
+    what.add_argument("--plot", action="store_true", help="only draw the results in --out again")
     for f in (f for f in fields(Config) if f.name not in ("transform", "adapt")):
         valid, default = f.metadata["valid"], "" if f.default is None else f" (default {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f.metadata["help"] + default,
@@ -701,13 +701,13 @@ def main(argv: list[str] | None = None) -> int:
         name = given.pop("experiment", "")
         words = EXPERIMENTS[name][1] if name else {"both": "off on", "min": "on"}.get(word, word)
         name = name or "failure-modes"
+        page = out / "README.md"
+        require(not page.exists() or page.read_bytes()[:9] == b"# Results", f"--out: {page} is not tokrl's")
         if not plot:
-            (out / ".cache").mkdir(parents=True, exist_ok=True)
             failed = run_experiment(name, given, words, seeds, out, shlex.join(["python", "tokrl.py", *argv]))
             sys.stderr.writelines(f"tokrl.py: {message}\n" for message in failed)
-        parts = write_page(out)
-        wanted = [*parts] if plot else [name]
-        print(*(parts[x] for x in wanted if x in parts), f"All results: {out / 'README.md'}", sep="\n\n")
+        parts = {} if failed and not any(out.glob("*.json")) else write_page(out)
+        print(*(parts[x] for x in parts if plot or x == name), f"All results: {page}", sep="\n\n")
     except (ValueError, OSError) as error:
         print(f"tokrl.py: {error}", file=sys.stderr)
         return 1 if failed else 2
