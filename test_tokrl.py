@@ -335,7 +335,8 @@ def test_measures_by_brute_force(task):
     want = [np.mean(x) if x else math.nan for x in (accuracy, entropy, drift)]
     got = [evaluate(policy, task, start)[m] for m in ("accuracy", "solution_entropy", "solution_drift")]
     assert got == pytest.approx(want, rel=1e-7, nan_ok=True) and math.isnan(want[1]) == (task.name == "add")
-    assert task.name == "add" or evaluate(policy, task, policy)["solution_drift"] == 0.0
+    one, same = (evaluate(policy, task, x) for x in (policy, tokrl.solution_logprobs(policy, task)))
+    assert task.name == "add" or one == same and same["solution_drift"] == 0.0
 @pytest.mark.parametrize("name, fork", [("commute", 2), ("commute", 0), ("split", 6), ("add", 1)])
 def test_learning_tax_by_brute_force(name, fork):
     task, after, before = TASKS[name], random_policy(3), random_policy(4)
@@ -435,11 +436,10 @@ def record_train(monkeypatch, config):
         state = generator.get_state(), torch.rand(3, generator=generator)
         return note("collect", [(x, now()) for x in "ptr"], policy, task, stage, generator, state[0])
     parts = dict(collect=collect, update=update, warm_start=lambda *x: {(COMMUTE, 5): start}[x],
-                 opening_logprobs=lambda policy, task, fork: (age(policy), task, fork),
+                 opening_logprobs=lambda p, *x: (age(p), *x), solution_logprobs=lambda p, *x: (age(p), *x),
                  learning_tax=lambda new, old, task: note("tax", now() / 1000, new, old, task),
                  samples=lambda policy, *x: note("samples", "said", age(policy), *x),
-                 evaluate=lambda policy, task, reference: note("evaluate", dict(accuracy=now() / 100), now(),
-                                                               age(policy), task, age(reference)))
+                 evaluate=lambda p, *x: note("evaluate", dict(accuracy=now() / 100), now(), age(p), *x))
     for name, part in parts.items():
         monkeypatch.setattr(tokrl, name, part)
     return tokrl.train(config, 5), calls, start
@@ -465,7 +465,7 @@ def test_train_keeps_its_books(adapt, monkeypatch):
     # 81 // 40 = 2: every second rollout, and the last of either stage; always against the start
     steps, curves = sorted({*range(0, total + 1, 2), 81, total}), result["curves"]
     assert curves["step"] == steps
-    assert calls["evaluate"] == [(k, k, COMMUTE if k <= 81 else LARGER_FIRST, 0) for k in steps]
+    assert calls["evaluate"] == [(k, k, t := COMMUTE if k <= 81 else LARGER_FIRST, (0, t)) for k in steps]
     for i, k in enumerate(steps):
         since = np.arange(steps[i - 1] + 1 if i else 1, k + 1)  # means over the rollouts since the last one
         mean = since.mean() if i else math.nan
@@ -477,8 +477,7 @@ def test_train_keeps_its_books(adapt, monkeypatch):
         assert result["final"][name] == pytest.approx(np.mean([row[i] for i in last]), rel=1e-5)
     assert calls["samples"] == [(total, stages[-1][0], 5)] and result["samples"] == "said"
 def test_train_without_a_fork_or_when_it_diverges(monkeypatch):
-    result, *_ = record_train(monkeypatch, Config(fork=0, steps=3))
-    assert all(map(math.isnan, result["curves"]["net_push"]))
+    assert all(map(math.isnan, record_train(monkeypatch, Config(fork=0, steps=3))[0]["curves"]["net_push"]))
     monkeypatch.setattr(tokrl, "update", lambda *_: dict(grad_norm=math.nan, net_push=0.0))
     with pytest.raises(ValueError, match="rollout 1: the gradient norm is not finite"):
         tokrl.train(Config(steps=3), 5)

@@ -67,7 +67,7 @@ class Config:
     max_grad_norm: float = option(1.0, 1e-9, "limit on the gradient's norm; inf: none")
     kl: float = option(0.02, 0.0, "weight of the exact KL to the warm start")
     clip_eps: float = option(None, 1e-9, "clip outside 1 ± this; inf: no clip (default: the loss's own)")
-    adapt: bool = option(False, 0, "then half as many rollouts again, under a stricter verifier")
+    adapt: bool = option(False, 0, "then half as many again, under a stricter verifier")
     def __post_init__(self):
         for f in fields(self):
             value, valid = getattr(self, f.name), f.metadata["valid"]
@@ -108,7 +108,7 @@ class Policy(nn.Module):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
     def forward(self, tokens):
         """tokens (N,T) int64 -> log-probabilities (N,T,V) in nats of the token after each."""
-        distinct, copy_of = tokens.unique(dim=0, return_inverse=True)  # a toy's rows are mostly copies
+        distinct, copy_of = tokens.unique(dim=0, return_inverse=True)  # most rows of a toy are copies
         x = self.token(distinct) + self.position.weight[: tokens.shape[1]]
         return self.head(self.norm(self.blocks(x))).log_softmax(-1).index_select(0, copy_of)
 
@@ -171,10 +171,9 @@ def credit(tokens, rewards, duplicates: str):
     return group_advantages(rewards, counted=counted), counted
 
 # ---- 5. Effective weights: every published loss is one line (Eq. 2, section 4)
-# The gradient of each loss in the log-probability of token t of trajectory i is −(1/BG) Â_i w_{i,t}. The
-# effective weight w_{i,t} gathers ratio, clip and length normalisation: all that differs. At a token that the
-# group shares, log π is one number for all i, so its push is ∝ Σ_i Â_i w_{i,t}: it cancels (Eq. 2) where that
-# sum is 0, which equal weights guarantee because Σ_i Â_i = 0.
+# The gradient of each loss in log π of token t of trajectory i is −(1/BG) Â_i w_{i,t}, where the effective
+# weight w_{i,t} gathers ratio, clip and length normalisation. At a token that the group shares, log π is one
+# number for all i, so its push is ∝ Σ_i Â_i w_{i,t}: it cancels (Eq. 2) where that sum is 0.
 # Sources: reinforce, Williams 1992; grpo arXiv:2402.03300; dr_grpo 2503.20783; gspo 2507.18071; dapo
 # 2503.14476, cispo 2506.13585 (the batch-wide token mean is TRL's and verl's); grpo_sym and seq, the paper.
 def check_shapes(advantages, mask, *others):
@@ -279,7 +278,7 @@ def adamw(policy, lr: float):
 @functools.lru_cache(maxsize=4)  # all arms of a seed start from the same policy
 def warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
     """A policy after a short supervised phase on the task's demonstrations, half of which are wrong."""
-    torch.set_num_threads(1)  # one process per run: faster, and the same bits on any number of cores
+    torch.set_num_threads(1)  # a process per run: faster, the same bits on any number of cores
     policy = Policy(named_generator(seed, "initialisation"))
     rng, optimizer = random.Random(f"{seed} demonstrations"), adamw(policy, lr)
     for step in range(steps):
@@ -354,14 +353,15 @@ def solution_logprobs(policy, task):
     return logprobs.sum(-1).masked_fill(~exists, -math.inf)
 
 def evaluate(policy, task, start) -> dict:
-    """Exact measures against the policy `start`; nan where no prompt has two solutions.
+    """Exact measures against `start`, a policy or its solution_logprobs; nan: no prompt has two solutions.
     accuracy          Σ_y π(y|x) over right y, mean over prompts
     solution_entropy  entropy of π(y | x, right) / log(number of right y): 1 even, 0 one left
     solution_drift    |change of the log-odds of y_a and y_b| in nats, over pairs, then prompts (Cor. 3.2)"""
     log_p, exists = solution_logprobs(policy, task), solution_table(task)[2]  # both (B,S)
     accuracy = log_p.exp().sum(1).mean().item()
     several = exists.sum(1) >= 2
-    log_p, exists, before = log_p[several], exists[several], solution_logprobs(start, task)[several]
+    before = start if torch.is_tensor(start) else solution_logprobs(start, task)
+    log_p, exists, before = log_p[several], exists[several], before[several]
     n = exists.sum(1)  # solutions of each prompt
     log_q = log_p.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right)
     entropy = -(log_q.exp() * log_q).sum(1) / n.log()
@@ -405,11 +405,11 @@ def train(config: Config, seed: int, **bar) -> dict:
     total = config.steps + change // 2
     cadence = max(1, config.steps // 40)  # rollouts between two evaluations
     rows, seen, tax, net_push = [], [], 0.0, 0.0 if config.fork else math.nan
-    openings = opening_logprobs(policy, task, config.fork)
+    start, openings = solution_logprobs(reference, task), opening_logprobs(policy, task, config.fork)
     for step in tqdm(range(total + 1), unit=" rollouts", leave=False, dynamic_ncols=True, **bar):
         if change and step == change + 1:  # now the larger operand must come first; all arms train alike
             task, stage = LARGER_FIRST, replace(config, loss="grpo", transform="off", clip_eps=None, fork=0)
-            openings = opening_logprobs(policy, task, stage.fork)
+            start, openings = solution_logprobs(reference, task), opening_logprobs(policy, task, 0)
         if step > 0:
             rollout = collect(policy, task, stage, generator)
             seen.append(update(policy, reference, optimizer, stage, *rollout))
@@ -418,7 +418,7 @@ def train(config: Config, seed: int, **bar) -> dict:
             tax += learning_tax(openings, before, task)
             net_push += seen[-1]["net_push"]
         if step % cadence == 0 or step in (config.steps, total):
-            row = evaluate(policy, task, reference) | (means(seen) if seen else {})
+            row = evaluate(policy, task, start) | (means(seen) if seen else {})
             row |= {"learning_tax": tax, "net_push": net_push}
             rows.append({"step": step} | {name: float(f"{value:.6g}") for name, value in row.items()})
             seen = []
@@ -480,19 +480,19 @@ def write_json(path: Path, data):
     temporary.replace(path)
 
 def read_json(path: Path) -> dict:
-    """What write_json wrote; {} where no such file is, or a damaged one: it is made again."""
+    """What write_json wrote; {} if there is none, or a damaged one: made again."""
     try:
         return dict(json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         return {}
 
 def start_worker(lock):
-    """First in a worker process: share the bars' lock, and end when the parent does."""
+    """First in a worker: share the bars' lock, and end when the parent does."""
     tqdm.set_lock(lock)
     threading.Thread(target=lambda: os._exit(mp.parent_process().join() or 1), daemon=True).start()
 
 def train_and_keep(label: str, config: Config, seed: int, path: Path) -> str | None:
-    """Train and keep one run in a worker, with a bar on its own line; or say what failed."""
+    """Train and keep one run in a worker, with a bar on its own line, or say what failed."""
     line = mp.current_process()._identity[0]  # 1, 2, ...; the bar of all runs is on line 0
     try:
         write_json(path, train(config, seed, desc=f"{label}, seed {seed}", position=line, disable=None))
@@ -500,7 +500,7 @@ def train_and_keep(label: str, config: Config, seed: int, path: Path) -> str | N
         return f"{label}, seed {seed}: {(str(error) or repr(error)).splitlines()[0]}"
 
 def train_all(units: list) -> list:
-    """train_and_keep the units, side by side; returns a message for each that failed."""
+    """train_and_keep the units, side by side; returns what failed."""
     context = mp.get_context("spawn")
     tqdm.set_lock(lock := context.RLock())
     pool = ProcessPoolExecutor(min(os.cpu_count() or 1, len(units)), context, start_worker, (lock,))
@@ -565,7 +565,7 @@ MEASURES = {"net_push": "ineffective: net push\n(lower is better)",
 
 @functools.cache
 def t_draws(n: int):
-    """A million draws of |t|, n − 1 degrees of freedom: numpy alone has no quantile of it."""
+    """A million draws of |t|, n − 1 degrees of freedom: numpy has no quantile."""
     return np.abs(np.random.default_rng(0).standard_t(n - 1, 1_000_000))
 
 def t_interval(values):
@@ -644,7 +644,7 @@ def draw_mechanism(figure, result):
     figure.suptitle(f"Prompt {result['prompt']}, first token: weights w (light) and pushes Â w (dark)")
 
 def write_page(out: Path) -> dict:
-    """Draw every result in OUT, and write OUT/README.md; returns {experiment: its part of that page}."""
+    """Draw every result in OUT and write OUT/README.md; returns {experiment: its part of it}."""
     import matplotlib.figure  # it is slow to start
     matplotlib.rcParams.update({"axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False})
     draw, parts = {"failure-modes": draw_curves, "mechanism": draw_mechanism}, {}
