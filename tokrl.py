@@ -588,7 +588,7 @@ def table(arms: dict) -> str:
     """Arms: last quarter of training, mean ± standard deviation over seeds. Pairs: difference by seed, 95% t
     interval, * where it survives Holm's correction over its column; last, the geometric mean of ratios."""
     data = {label: {m: np.array(arm["final"][m], float) for m in MEASURES} for label, arm in arms.items()}
-    many = all(len(x["accuracy"]) > 1 for x in data.values())  # seeds
+    many = all(len(x["accuracy"]) > 1 for x in data.values())
     pairs = compared(arms) if many else []
     columns = [[f"arm; {len(pairs)} pairs" if pairs else "arm", *arms, *(f"{a} - {b}" for a, b in pairs)]]
     for m, title in MEASURES.items():
@@ -696,7 +696,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         given = parse(argv)
         out, plot = given.pop("out", Path("runs")), given.pop("plot", False)
-        require(not (plot and given), "--plot draws all that is in --out; leave out the rest")
+        require(not (plot and given), "--plot draws all of --out; leave out the rest")
         seeds, word = seed_range(given.pop("seeds", "0")), given.pop("transform", "both")
         name = given.pop("experiment", "")
         words = EXPERIMENTS[name][1] if name else {"both": "off on", "min": "on"}.get(word, word)
@@ -705,9 +705,9 @@ def main(argv: list[str] | None = None) -> int:
         require(not page.exists() or page.read_bytes()[:9] == b"# Results", f"--out: {page} is not tokrl's")
         if not plot:
             failed = run_experiment(name, given, words, seeds, out, shlex.join(["python", "tokrl.py", *argv]))
+            require(not failed or any(out.glob("*.json")), "\ntokrl.py: ".join(failed))
             sys.stderr.writelines(f"tokrl.py: {message}\n" for message in failed)
-        parts = {} if failed and not any(out.glob("*.json")) else write_page(out)
-        print(*(parts[x] for x in parts if plot or x == name), f"All results: {page}", sep="\n\n")
+        print(*(y for x, y in write_page(out).items() if plot or x == name), f"Results: {page}", sep="\n\n")
     except (ValueError, OSError) as error:
         print(f"tokrl.py: {error}", file=sys.stderr)
         return 1 if failed else 2
