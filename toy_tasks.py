@@ -1,16 +1,16 @@
-"""Four synthetic arithmetic tasks, small enough to enumerate: every prompt and right completion is known.
+"""Four synthetic arithmetic tasks, small enough to enumerate every prompt and right completion.
 
-Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exactly instead of sampling them.
+Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exactly.
 
-    task     prompt    right completions          what it is for
-    commute  75=       7+5=12  5+7=12             two equally right solutions of equal length (default)
-    split    12=       3+9  9+3  1+2+9 ...        many right solutions of two lengths
-    chain    3+4+2=    7+2=9  3+6=9               a scratchpad: some tokens matter more than others
-    add      7+5=      12                         one right answer, so nothing can drift: the control
+    task     prompt    right completions      what it is for
+    commute  75=       7+5=12  5+7=12         add the digits 7 and 5: two right solutions (default)
+    split    12=       3+9  9+3  1+2+9 ...    a sum that gives 12: many right solutions, two lengths
+    chain    3+4+2=    7+2=9  3+6=9           a scratchpad: some tokens matter more than others
+    add      7+5=      12                     one right answer, so nothing can drift
 
-A character is a token. A completion is right when it is one of the prompt's solutions *and* was ended by EOS:
-text that never ends has `max_completion` characters, more than any solution, so comparing strings is enough.
-The reward is 0 or 1 and comes once, at the end.
+A character is a token. A completion is right when it is one of the prompt's solutions *and* was
+ended by EOS: text that never ends has `max_completion` characters, more than any solution, so
+comparing strings is enough. The reward is 0 or 1 and comes once, at the end.
 
     >>> TASKS["commute"].solutions("75=")
     ['7+5=12', '5+7=12']
@@ -19,10 +19,11 @@ The reward is 0 or 1 and comes once, at the end.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-VOCAB = "_.0123456789+="  # index = token id; "_" is PAD, "." is EOS
-PAD, EOS = 0, 1  # PAD fills up rows; it never marks the end, and may be sampled like any wrong character
+VOCAB = "_.0123456789+="  # index = token id
+PAD = 0  # "_" fills up rows; it never marks the end, and may be sampled like any wrong character
+EOS = 1  # "."
 
 
 def encode(text: str) -> list[int]:
@@ -34,12 +35,12 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids) -> str:
-    """The text before the first EOS, or all of it where there is none; a sampled PAD shows as '_'."""
-    ids = [int(i) for i in ids]
-    return "".join(VOCAB[i] for i in ids[: ids.index(EOS) if EOS in ids else len(ids)])
+    """The text before the first EOS, or all of it where there is none; a PAD shows as '_'."""
+    text = "".join(VOCAB[int(i)] for i in ids)
+    return text.partition(VOCAB[EOS])[0]
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity, so tables can be cached per task
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that tables can be cached per task
 class Task:
     """A task is its table: each prompt with all of its right completions."""
 
@@ -53,9 +54,10 @@ class Task:
         return list(self.table)
 
     def solutions(self, prompt: str) -> list[str]:
-        """Every right completion, without EOS. Raises ValueError for a prompt that the task does not have."""
+        """Every right completion, without EOS. ValueError: not a prompt of this task."""
         if prompt not in self.table:
-            raise ValueError(f"{prompt!r} is not a prompt of {self.name!r}; one is {self.prompts()[0]!r}")
+            example = self.prompts()[0]
+            raise ValueError(f"{prompt!r} is not a prompt of {self.name!r}; one is {example!r}")
         return list(self.table[prompt])
 
     def reward(self, prompt: str, completion: str) -> float:
@@ -63,57 +65,65 @@ class Task:
         return float(completion in self.table.get(prompt, ()))
 
     def demonstration(self, prompt: str, rng: random.Random) -> str:
-        """A solution drawn uniformly; half of the time with the answer (what follows '=') of another prompt.
+        """A solution drawn uniformly; half of the time with the answer of another prompt.
 
-        This stands in for the data of a base model that has seen the form of the task but not mastered it.
-        Raises ValueError where no other prompt has another answer.
+        This stands in for the data of a base model that has seen the form of the task but not
+        mastered it; the answer is what follows '='. ValueError: no other prompt has another answer.
         """
         solution = rng.choice(self.solutions(prompt))
         if rng.random() < 0.5:
             return solution
+        opening, equals, _ = solution.rpartition("=")
         for _ in range(1000):
-            opening, equals, _ = solution.rpartition("=")
-            wrong_answer = rng.choice(self.table[rng.choice(self.prompts())]).rpartition("=")[2]
-            if not self.reward(prompt, opening + equals + wrong_answer):
-                return opening + equals + wrong_answer
-        raise ValueError(f"task {self.name!r} has no wrong answer for {prompt!r}: all its answers are alike")
+            another = rng.choice(self.table[rng.choice(self.prompts())])
+            wrong = opening + equals + another.rpartition("=")[2]
+            if not self.reward(prompt, wrong):
+                return wrong
+        raise ValueError(f"task {self.name!r} has no wrong answer for {prompt!r}")
 
 
 def commute() -> Task:
     """Operands 1-9, different: 72 prompts, two solutions each (the two orders of the sum)."""
-    pairs = [(a, b) for a in range(1, 10) for b in range(1, 10) if a != b]
-    return Task("commute", 2, 8, {f"{a}{b}=": (f"{a}+{b}={a + b}", f"{b}+{a}={a + b}") for a, b in pairs})
+    table = {}
+    for a in range(1, 10):
+        for b in range(1, 10):
+            if a != b:
+                table[f"{a}{b}="] = (f"{a}+{b}={a + b}", f"{b}+{a}={a + b}")
+    return Task("commute", fork=2, max_completion=8, table=table)
 
 
 def split() -> Task:
-    """Totals 3-12: 10 prompts, each with every sum of two or three digits 1-9 that gives it, 276 in all."""
+    """Totals 3-12: 10 prompts, each with every sum of two or three digits 1-9, 276 in all."""
     digits = range(1, 10)
-
-    def sums(total: int) -> tuple[str, ...]:
-        twos = [f"{a}+{total - a}" for a in digits if total - a in digits]
-        threes = [f"{a}+{b}+{total - a - b}" for a in digits for b in digits if total - a - b in digits]
-        return tuple(twos + threes)
-
-    return Task("split", 2, 7, {f"{total:02d}=": sums(total) for total in range(3, 13)})
+    pairs = [(a, b) for a in digits for b in digits]
+    table = {}
+    for total in range(3, 13):
+        twos = [f"{a}+{b}" for a, b in pairs if a + b == total]
+        threes = [f"{a}+{b}+{total - a - b}" for a, b in pairs if total - a - b in digits]
+        table[f"{total:02d}="] = tuple(twos + threes)
+    return Task("split", fork=2, max_completion=7, table=table)
 
 
 def chain() -> Task:
-    """a+b+c of at most 9, each at least 1: 84 prompts, two solutions each (which sum is taken first)."""
-    triples = [(a, b, c) for a in range(1, 8) for b in range(1, 9 - a) for c in range(1, 10 - a - b)]
-    table = {f"{a}+{b}+{c}=": (f"{a + b}+{c}={a + b + c}", f"{a}+{b + c}={a + b + c}") for a, b, c in triples}
-    return Task("chain", 2, 7, table)
+    """a+b+c of at most 9, each at least 1: 84 prompts, two solutions each (which sum is first)."""
+    table = {}
+    for a in range(1, 8):
+        for b in range(1, 9 - a):
+            for c in range(1, 10 - a - b):
+                total = a + b + c
+                left_first = f"{a + b}+{c}={total}"
+                right_first = f"{a}+{b + c}={total}"
+                table[f"{a}+{b}+{c}="] = (left_first, right_first)
+    return Task("chain", fork=2, max_completion=7, table=table)
 
 
 def add() -> Task:
     """Digits 0-9: 100 prompts, one two-digit answer each."""
-    return Task("add", 1, 4, {f"{a}+{b}=": (f"{a + b:02d}",) for a in range(10) for b in range(10)})
+    table = {}
+    for a in range(10):
+        for b in range(10):
+            table[f"{a}+{b}="] = (f"{a + b:02d}",)
+    return Task("add", fork=1, max_completion=4, table=table)
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (commute(), split(), chain(), add())}
-
-# The same prompts under a stricter verifier, for `adapt`: only the larger operand first counts as right.
-LARGER_FIRST = replace(
-    TASKS["commute"],
-    name="larger-first",
-    table={p: tuple(s for s in right if s[0] > s[2]) for p, right in TASKS["commute"].table.items()},
-)
