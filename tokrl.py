@@ -115,7 +115,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N,H,T,D/H)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        return x + self.down(self.up(norm(x)).relu().square())  # ReLU alone hardly learns
+        return x + self.down(self.up(norm(x)).relu_().square())  # ReLU alone hardly learns
 
 
 class Policy(nn.Module):
@@ -149,8 +149,8 @@ def distinct_rows(prompts, tokens):
 
 def completion_logprobs(policy, distinct, place, length: int):
     """Log-probabilities of every token at each of the last `length` places: (B,G,T,V) in nats."""
-    logprobs = policy(distinct)[:, -length:]  # (N,T,V)
-    return logprobs.index_select(0, place.flatten()).unflatten(0, place.shape)
+    logprobs = policy(distinct).index_select(0, place.flatten())  # (BG,P+T−1,V)
+    return logprobs[:, -length:].unflatten(0, place.shape)
 
 
 def pick(logprobs, tokens):
@@ -291,7 +291,7 @@ def pushes(weights, advantages):
     """
     A = advantages[..., None]
     push = (A * at_least_float32(weights)).masked_fill(A == 0, 0.0)
-    require(bool(push.isfinite().all()), "advantage times weight is inf or nan: a ratio overflows")
+    require(math.isfinite(push.sum()), "advantage times weight is inf or nan: a ratio overflows")
     return push
 
 
@@ -316,6 +316,8 @@ def transform_weights(weights, advantages, mask, kind: str):
     check_shapes(advantages, mask, weights)
     alive = as_bool(mask)
     w = at_least_float32(weights).masked_fill(~alive, 0.0)
+    if kind == "off":
+        return w
     smallest = w.masked_fill(~alive, math.inf).amin(1, keepdim=True)  # (B,1,T), inf: nobody
     mean = w.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)  # (B,1,T)
     if kind == "min":
@@ -460,22 +462,26 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
     Returns means over these steps, and as "net_push" the sum. ValueError: loss, gradient or a push
     is not finite; the optimizer has then not stepped.
     """
+    L = tokens.shape[2]
+    longest = max(config.fork, int(completion_mask(tokens).sum(-1).max()))
+    tokens = tokens[..., :longest]  # no need to compute what nobody has reached
     mask = completion_mask(tokens)  # (B,G,T)
     A, counted = credit(tokens, rewards, config.duplicates)  # (B,G), (B,G)
     scored = mask & counted[..., None]  # by the policy loss; the KL counts every completion
     shared = shared_tokens(tokens)[:, None]  # (B,1,T)
     acts = {"all": torch.ones_like(shared), "shared": shared, "rest": ~shared}[config.at]
     rows = distinct_rows(prompts, tokens)
-    length = tokens.shape[2]
+    parameters = list(policy.parameters())
     with torch.no_grad():
-        reference_logprobs = completion_logprobs(reference, *rows, length)  # (B,G,T,V)
+        reference_logprobs = completion_logprobs(reference, *rows, longest)  # (B,G,T,V)
+    reward = rewards.mean().item()
     seen = []
     for inner in range(config.inner_steps):
-        every = completion_logprobs(policy, *rows, length)  # (B,G,T,V)
+        every = completion_logprobs(policy, *rows, longest)  # (B,G,T,V)
         logprobs = pick(every, tokens)  # (B,G,T)
         if inner == 0:
             old_logprobs = logprobs.detach()  # this is still the policy that sampled
-        w = effective_weights(config.loss, logprobs, old_logprobs, A, scored, config.clip_eps)
+        w = effective_weights(config.loss, logprobs, old_logprobs, A, scored, config.clip_eps, L)
         w = torch.where(acts, transform_weights(w, A, scored, config.transform), w)
 
         kl = (every.exp() * (every - reference_logprobs)).sum(-1)  # KL(π ‖ reference): (B,G,T)
@@ -483,14 +489,13 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
         loss = policy_loss(logprobs, w, A) + config.kl * kl
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        finite = bool(loss.isfinite() & grad_norm.isfinite())
-        require(finite, f"loss {loss.item():.3g}, gradient norm {grad_norm.item():.3g}")
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+        finite = math.isfinite(loss.item()) and math.isfinite(grad_norm)
+        require(finite, f"loss {loss.item():.3g}, gradient norm {grad_norm:.3g}")
         optimizer.step()
 
-        push = net_push(w[..., : config.fork], A).mean()  # nan where nothing is shared
-        row = {"net_push": push, "kl": kl, "grad_norm": grad_norm, "reward": rewards.mean()}
-        seen.append({name: value.item() for name, value in row.items()})
+        push = net_push(w[..., : config.fork], A).mean().item()  # nan where nothing is shared
+        seen.append({"net_push": push, "kl": kl.item(), "grad_norm": grad_norm, "reward": reward})
     return means(seen) | {"net_push": sum(row["net_push"] for row in seen)}
 
 
@@ -520,7 +525,7 @@ def solution_logprobs(policy, task):
 
 
 def evaluate(policy, task, start) -> dict:
-    """Exact measures against the policy `start`; nan: no prompt has two solutions.
+    """Exact measures against `start`, a policy or its solution_logprobs; nan: all have one solution.
 
     accuracy          Σ_y π(y|x) over right y, mean over prompts
     solution_entropy  entropy of π(y | x, right) / log(number of right y): 1 even, 0 one left
@@ -528,10 +533,12 @@ def evaluate(policy, task, start) -> dict:
     """
     _, _, exists = solution_table(task)  # (B,S)
     n = exists.sum(1)  # solutions of each prompt; of one alone neither entropy nor drift: 0 / 0
+    if isinstance(start, nn.Module):
+        start = solution_logprobs(start, task)
     log_p = solution_logprobs(policy, task)
     log_q = log_p.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right)
     entropy = -(log_q.exp() * log_q).sum(1) / n.log()
-    moved = (log_p - solution_logprobs(start, task)).masked_fill(~exists, 0.0)
+    moved = (log_p - start).masked_fill(~exists, 0.0)
     pairs = exists[:, :, None] & exists[:, None, :]  # (B,S,S), ordered; one with itself adds 0
     apart = (moved[:, :, None] - moved[:, None, :]).abs()
     drift = (apart * pairs).sum((1, 2)) / (n * (n - 1))
@@ -590,7 +597,8 @@ def train(config: Config, seed: int, **bar) -> dict:
     policy = copy.deepcopy(reference)
     optimizer = adamw(policy, config.lr)
     generator = named_generator(seed, "sampling")
-    openings = opening_logprobs(policy, task, config.fork)
+    start = solution_logprobs(reference, task)
+    openings = opening_logprobs(reference, task, config.fork)
     tax = 0.0
     push = 0.0 if config.fork else math.nan
     evaluated = {*range(0, config.steps, max(1, config.steps // 40)), config.steps}
@@ -610,7 +618,7 @@ def train(config: Config, seed: int, **bar) -> dict:
             push += seen[-1]["net_push"]
         if step in evaluated:
             row = means(seen) if seen else {}
-            row |= evaluate(policy, task, reference) | {"learning_tax": tax, "net_push": push}
+            row |= evaluate(policy, task, start) | {"learning_tax": tax, "net_push": push}
             row = {name: float(f"{value:.6g}") for name, value in row.items()}
             rows.append({"step": step} | row)
             seen = []
@@ -768,6 +776,7 @@ def start_workers(jobs: list) -> list:
     """A process per core, each with its share of the jobs."""
     context = multiprocessing.get_context("spawn")
     lock = context.RLock()
+    tqdm.set_lock(lock)  # and so keep it, until the workers have theirs
     count = min(len(jobs), available_cores())
     main_module = sys.modules["__main__"]
     in_main_thread = threading.current_thread() is threading.main_thread()
