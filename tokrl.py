@@ -286,12 +286,14 @@ def effective_weights(
 def pushes(weights, advantages):
     """Â_i w_{i,t}, how hard each trajectory pushes each of its tokens: (B,G,T), (B,G) -> (B,G,T).
 
-    Where Â is 0 it is exactly 0, also under a ratio that has overflowed: inf · 0 would be nan, and
-    one such trajectory would spread it to all. ValueError: a push that is not finite all the same.
+    Where Â or w is 0 it is exactly 0, whatever the other: a ratio that has overflowed would give
+    inf · 0 = nan, and one such trajectory would spread it to all. ValueError: a push that is not
+    finite all the same.
     """
     A = advantages[..., None]
-    push = (A * at_least_float32(weights)).masked_fill(A == 0, 0.0)
-    require(math.isfinite(push.sum()), "advantage times weight is inf or nan: a ratio overflows")
+    push = (A * at_least_float32(weights)).masked_fill((A == 0) | (weights == 0), 0.0)
+    finite = math.isfinite(push.sum().item())
+    require(finite, "advantage times weight is inf or nan: a ratio has overflowed")
     return push
 
 
@@ -327,7 +329,7 @@ def transform_weights(weights, advantages, mask, kind: str):
     elif kind == "shrink":
         w = w * (smallest / mean.masked_fill(mean == 0, 1.0))
     elif kind == "orth":
-        A = advantages[..., None] * alive  # (B,G,T)
+        A = advantages[..., None].expand_as(w).masked_fill(~alive, 0.0)  # (B,G,T)
         norm2 = A.square().sum(1, keepdim=True)  # (B,1,T): ‖Â‖²
         along = pushes(w, advantages).sum(1, keepdim=True) / norm2.masked_fill(norm2 == 0, 1.0)
         w = w - along * A
@@ -440,10 +442,10 @@ def collect(policy, task, config: Config, generator):
 def credit(tokens, rewards, duplicates: str):
     """tokens (B,G,T), rewards (B,G) -> advantages, and which trajectories the loss counts, (B,G).
 
-    Beyond the paper: a right solution is pushed as often as it is sampled, so a lead feeds itself.
-    Under `once` only a completion's first copy counts (ours; nearest: arXiv:2601.08763), under
-    `share` copies share their reward (IPS-GRPO, arXiv:2601.21669). ValueError: another word or
-    shape.
+    Beyond the paper: a right solution is pushed as often as it is sampled, so the likelier one gets
+    more. Under `once` only a completion's first copy counts (ours; nearest: arXiv:2601.08763),
+    under `share` copies share their reward (IPS-GRPO, arXiv:2601.21669). ValueError: another word
+    or shape.
     """
     require(duplicates in DUPLICATES, f"duplicates must be one of {DUPLICATES}; got {duplicates!r}")
     check_shapes(rewards, tokens)
