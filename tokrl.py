@@ -34,20 +34,21 @@ import contextlib
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
-import multiprocessing
 import operator
 import os
 import random
-import signal
+import re
+import subprocess
 import sys
 import threading
-import types
 import zlib
 from argparse import ArgumentParser
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -659,47 +660,32 @@ def as_bool(mask):
 
 def check_shapes(advantages, *per_token):
     """ValueError unless advantages are (B,G), not empty, and all others (B,G,T)."""
-    shapes = [tuple(x.shape) for x in per_token]
-    fine = len(set(shapes)) == 1 and len(shapes[0]) == 3 and advantages.numel() > 0
-    fine = fine and tuple(advantages.shape) == shapes[0][:2]
-    got = [tuple(advantages.shape), *shapes]
+    got = [tuple(x.shape) for x in (advantages, *per_token)]
+    fine = len(set(got[1:])) == 1 and len(got[1]) == 3
+    fine = fine and got[0] == got[1][:2] and advantages.numel() > 0
     require(fine, f"advantages must be (B,G), weights, mask and the like (B,G,T); got {got}")
 
 
-OPTIONS = {  # field: its choices, or its least value; what --help says
-    "task": (tuple(TASKS), "prompts and their right completions"),
-    "loss": (LOSSES, "which weight a token gets"),
-    "transform": (TRANSFORMS, "what is done to a group's weights"),
-    "at": (PLACES, "at which tokens the transform acts"),
-    "duplicates": (DUPLICATES, "what copies of a completion count for"),
-    "fork": (0, "opening tokens that a group shares (default: the task's own)"),
-    "group_size": (2, "G, completions per prompt"),
-    "prompts": (1, "B, prompts per rollout"),
-    "inner_steps": (1, "gradient steps on each rollout"),
-    "steps": (1, "rollouts"),
-    "lr": (1e-9, "learning rate of AdamW"),
-    "max_grad_norm": (1e-9, "limit on the gradient's norm; inf: none"),
-    "kl": (0.0, "weight of the exact KL to the warm start"),
-    "clip_eps": (1e-9, "clip outside 1 ± this; inf: never (default: the loss's own)"),
-}
+# a field's choices, or its least value
+VALID = {"task": tuple(TASKS), "loss": LOSSES, "transform": TRANSFORMS}
+VALID |= {"at": PLACES, "duplicates": DUPLICATES}
+VALID |= {"fork": 0, "group_size": 2, "prompts": 1, "inner_steps": 1, "steps": 1}
+VALID |= {"lr": 1e-9, "max_grad_norm": 1e-9, "kl": 0.0, "clip_eps": 1e-9}
 
 
 def check_config(config: Config):
     """ValueError names a field that is out of range, and what it may be."""
     for f in fields(config):
         value = getattr(config, f.name)
-        valid, _ = OPTIONS[f.name]
+        valid = VALID[f.name]
         if isinstance(valid, tuple):
             wanted = f"one of {', '.join(valid)}"
             fine = value in valid
         else:
-            wanted = f"{type(valid).__name__}, at least {valid:g}"
-            fine = type(value) in (int, type(valid)) and value >= valid
-            if f.name not in ("max_grad_norm", "clip_eps"):
-                wanted += ", and finite"
-                fine = fine and math.isfinite(value)
-            if f.default is None:
-                fine = fine or value is None
+            most = math.inf if f.name in ("max_grad_norm", "clip_eps") else 1e9
+            wanted = f"{type(valid).__name__}, {valid:g} to {most:g}"
+            fine = type(value) in (int, type(valid)) and valid <= value <= most
+            fine = fine or (value is None and f.default is None)
         require(fine, f"{f.name} must be {wanted}; got {value!r}")
     longest = TASKS[config.task].max_completion - 1
     require((config.fork or 0) <= longest, f"fork must be at most {longest} for {config.task}")
@@ -707,11 +693,13 @@ def check_config(config: Config):
 
 
 # ---- 13. Many runs, side by side; a finished run is its file
+HERE = Path(__file__).resolve().parent  # also where this file is called through a link
+
+
 @functools.cache
 def code_version() -> str:
     """What the code does, without its comments and layout."""
-    here = Path(__file__).resolve()
-    texts = [here.with_name(name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
+    texts = [(HERE / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
     return "".join(ast.dump(ast.parse(text)) for text in texts)
 
 
@@ -740,64 +728,50 @@ def load_run(path: Path) -> dict | None:
         return None
     try:
         run = json.loads(path.read_text())
-        {*run["config"], *run["samples"], *run["curves"]["step"]}
-        [run["final"][measure] for measure in MEASURES]
+        rows = [[*run["curves"][name], run["final"][name]] for name in MEASURES]
+        np.array([[*run["curves"]["step"], 0.0], *rows], dtype=float)  # numbers, as many in each
+        require(run["config"]["at"] in PLACES and isinstance(run["samples"], str), "")
     except (ValueError, TypeError, LookupError):
         raise ValueError(f"{path} is not a finished run: delete it to train it again") from None
     return run
 
 
 def available_cores() -> int:
-    """Those that this process may use (taskset); Windows cannot wait for more than 61 workers."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(cores, 61)
+    """How many workers to start: one for each core that this process may use, at most 61."""
+    if hasattr(os, "sched_getaffinity"):  # taskset, containers
+        return min(len(os.sched_getaffinity(0)), 61)
+    return min(os.cpu_count() or 1, 61)
+
+
+def work():
+    """What one worker does: the runs on its standard input; a line of output for each failure."""
+    sys.stdout = sys.stderr  # what you print in train is seen at once, and is not taken for one
+    line, jobs = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    for name, config, seed, path in jobs:
+        try:
+            save_run(Path(path), train(Config(**config), seed, desc=name, position=line))
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # the other runs go on
+            reason = str(error) or repr(error)
+            os.write(1, f"{name}: {reason.splitlines()[0]}\n".encode(errors="replace"))
 
 
 def end_with_parent():
-    """A worker must not go on alone."""
-    multiprocessing.parent_process().join()
+    """Standard input ends when the parent does: a worker must not go on alone."""
+    os.read(0, 1)
     os._exit(1)
 
 
-def train_and_save(jobs: list, line: int, lock):
-    """What one worker does: train its (name, configuration, seed, path), one after another."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(lock)  # the bars of all workers share the screen
-    for name, config, seed, path in jobs:
-        try:
-            save_run(path, train(config, seed, desc=name, position=line))
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # the other runs go on
-            reason = str(error) or repr(error)
-            print(f"\n{name}: {reason.splitlines()[0]}", file=sys.stderr)
-
-
-def start_workers(jobs: list) -> list:
-    """A process per core, each with its share of the jobs."""
-    context = multiprocessing.get_context("spawn")
-    lock = context.RLock()
-    tqdm.set_lock(lock)  # and so keep it, until the workers have theirs
-    count = min(len(jobs), available_cores())
-    main_module = sys.modules["__main__"]
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    processes = []
-    try:
-        # a worker would run the caller's script again, which may have no file or no main guard
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        if in_main_thread:  # no other may; workers inherit this until they are up
-            ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for line in range(count):
-            share = (jobs[line::count], line, lock)
-            process = context.Process(target=train_and_save, args=share, daemon=True)
-            process.start()
-            processes.append(process)
-    finally:
-        sys.modules["__main__"] = main_module
-        if in_main_thread:
-            signal.signal(signal.SIGINT, ctrl_c)
-    return processes
+def start_worker(line: int, jobs: list) -> subprocess.Popen:
+    """A fresh Python: from which script, thread or notebook we are called makes no difference."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # Ctrl-C: no traceback
+    code += "; import tokrl; tokrl.work()"
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdin=pipe, stdout=pipe)
+    with contextlib.suppress(BrokenPipeError):  # it is dead already: train_missing says so
+        worker.stdin.write(json.dumps([line, jobs]).encode() + b"\n")
+        worker.stdin.flush()
+    return worker
 
 
 def train_missing(arms: dict, seeds: list, out: Path):
@@ -805,20 +779,26 @@ def train_missing(arms: dict, seeds: list, out: Path):
     jobs = []
     for seed in seeds:
         for label, config in arms.items():
-            path = run_path(out, config, seed)
+            path = run_path(out.resolve(), config, seed)
             if load_run(path) is None:
-                jobs.append((f"{label}, seed {seed}", config, seed, path))
+                jobs.append((f"{label}, seed {seed}", asdict(config), seed, str(path)))
     kept = len(arms) * len(seeds) - len(jobs)
     print(f"{len(jobs)} runs to train, {kept} kept from before", flush=True)
-    processes = start_workers(jobs)
+    count = min(len(jobs), available_cores())
+    workers = []
+    failures = []
     try:
-        for process in processes:
-            process.join()
-            if process.exitcode != 0:
-                print("a worker died: killed, or out of memory", file=sys.stderr)
+        for line in range(count):
+            workers.append(start_worker(line, jobs[line::count]))
+        for worker in workers:
+            failures += worker.stdout.read().decode().splitlines()  # waits until it ends
+            if worker.wait() != 0:
+                failures.append("a worker died: killed, or out of memory")
     finally:  # Ctrl-C
-        for process in processes:
-            process.kill()
+        for worker in workers:
+            worker.kill()
+    if failures:  # not before, and on a new line, as there were bars on the screen
+        print("\n" + "\n".join(failures), file=sys.stderr)
 
 
 def finished_arms(arms: dict, seeds: list, out: Path) -> dict:
@@ -861,8 +841,9 @@ def all_arms(**options) -> dict[str, Config]:
 
 def draw_failure_modes(arms: dict, path: Path):
     """The failure modes over training, and accuracy: mean over seeds, band from low to high."""
+    if "inline" in os.environ.get("MPLBACKEND", "") and find_spec("matplotlib_inline") is None:
+        del os.environ["MPLBACKEND"]  # a notebook's, and this Python cannot even import with it
     import matplotlib.figure  # slow to load, and the workers do without it
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     settings = {key: x for key, x in matplotlib.rcParamsDefault.items() if key != "backend"}
     with matplotlib.rc_context(settings):  # the user's, such as usetex, may not work here
@@ -880,94 +861,93 @@ def draw_failure_modes(arms: dict, path: Path):
             panel.set_xlabel("rollouts")
             panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])
             panel.spines[["top", "right"]].set_visible(False)
-        handles, labels = panels[0].get_legend_handles_labels()
         title = "mean over seeds, and range" if len(runs) > 1 else "one seed"
-        panels[5].legend(handles, labels, loc="center", title=title, fontsize=11)
+        handles, labels = panels[0].get_legend_handles_labels()
+        panels[5].legend(handles, labels, loc="center", title=title, ncols=1 + len(arms) // 9)
         panels[5].axis("off")
-        FigureCanvasAgg(figure).print_png(path)
+        figure.savefig(path, format="png")
 
 
 def table(arms: dict) -> str:
     """A line per arm: means over its seeds and the last quarter of training."""
-    width = max(len(label) for label in arms) + 1
-    lines = [" " * width + "".join(f"{name:>18}" for name in MEASURES)]
+    width = max(len(label) for label in arms)
+    lines = ["  ".join([" " * width, *MEASURES])]
     for label, runs in arms.items():
-        finals = np.array([[run["final"][name] for name in MEASURES] for run in runs], dtype=float)
-        numbers = "".join(f"{number:18.2f}" for number in finals.mean(0))
-        lines.append(f"{label:{width}}" + numbers.replace("nan", "  –"))
+        cells = [f"{label:{width}}"]
+        for name in MEASURES:
+            finals = np.array([run["final"][name] for run in runs], dtype=float)
+            cells.append(f"{finals.mean():{len(name)}.2f}".replace("nan", "  –"))
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
 def seed_range(text: str) -> list[int]:
-    """'3' -> [3]; '0-7' -> [0, ..., 7]; at most a thousand."""
-    first, _, last = text.partition("-")
-    seeds = range(int(first), int(last if "-" in text else first) + 1)
-    require(0 < len(seeds) <= 1000, "no seeds, or too many")
-    return list(seeds)
-
-
-def fail(message: str):
-    """What argparse does with bad input."""
-    raise ValueError(message)
+    """'3' -> [3]; '0-7' -> [0, ..., 7]; at most a thousand. ValueError: anything else."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        last = first
+    fine = first.isdecimal() and last.isdecimal() and 0 <= int(last) - int(first) < 1000
+    require(fine, f"seeds must be N or A-B, at most a thousand; got {text!r}")
+    return list(range(int(first), int(last) + 1))
 
 
 def command_line() -> ArgumentParser:
-    """Every field of Config is an option; beside them the arms, the seeds and the folder."""
-    parser = ArgumentParser("tokrl.py", description="Train, measure and draw; see README.md.")
-    parser.error = fail
-    words = (*ARMS, "min", "both")
-    parser.add_argument("--transform", choices=words, default="both", help="on: min; both: off, on")
+    """Every field of Config is an option, explained by its comment; the seeds, and the folder."""
+    about = "Train, measure and draw; see README.md. --transform on is min; both is off, and on."
+    parser = ArgumentParser("tokrl.py", description=about)
+    parser.error = functools.partial(require, False)  # one line, as for all bad input; no usage
+    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for f in fields(Config):
-        valid, text = OPTIONS[f.name]
-        if f.name != "transform":
-            default = "" if f.default is None else f" (default {f.default})"
-            parser.add_argument(
-                "--" + f.name.replace("_", "-"),
-                type=str if isinstance(valid, tuple) else type(valid),
-                choices=valid if isinstance(valid, tuple) else None,
-                default=f.default,
-                help=text + default,
-            )
-    parser.add_argument("--seeds", type=seed_range, default=[0], help="N or A-B (default 0)")
+        valid = (*ARMS, "min", "both") if f.name == "transform" else VALID[f.name]
+        choices = valid if isinstance(valid, tuple) else None
+        kind = str if choices else type(valid)
+        name = "--" + f.name.replace("_", "-")
+        text = f"{comments[f.name]} (default %(default)s)"
+        parser.add_argument(name, type=kind, choices=choices, default=f.default, help=text)
+    parser.set_defaults(transform="both")
+    parser.add_argument("--seeds", default="0", help="N or A-B (default 0)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
     return parser
 
 
-def train_and_show(transform: str, at: str, seeds: list, out: Path, **options) -> int:
+def train_and_show(transform: str, at: str, seeds: str, out: Path, **options) -> int:
     """Train what is missing, print and draw every finished arm of this configuration."""
+    seeds = seed_range(seeds)
     arms = all_arms(**options)
     words = {"both": ("off", "on"), "min": ("on",)}.get(transform, (transform,))
-    wanted = {}
-    for label, config in arms.items():
-        word = label.split()[0]
-        if word in words and (word == "off" or config.at == at):
-            wanted[label] = config
+    chosen = [Config(transform=ARMS[word][0], at=at, **options) for word in words]
+    wanted = {label: config for label, config in arms.items() if config in chosen}
+    require(out.is_dir() or not out.exists(), f"--out must be a folder; {out} is a file")
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "failure-modes.png"
     ours = not picture.exists() or any(out.glob("*-seed*.json"))
-    require(ours, f"{picture} is not of runs in this folder: choose another --out")
+    require(ours, f"{picture} is not of runs in this folder: delete it, or choose another --out")
     finished_arms(arms, seeds, out)  # names a damaged file before anything is trained
 
     train_missing(wanted, seeds, out)
     finished = finished_arms(arms, seeds, out)
-    if finished:
-        for label, runs in finished.items():
-            print(f"\n{label}, 100 samples:\n{runs[0]['samples']}")
-        draw_failure_modes(finished, picture)
-        print(f"\n{table(finished)}\n\nFigure: {picture}")
     missing = [label for label in wanted if label not in finished]
     if missing:
-        print(f"Not finished: {', '.join(missing)}. The same command continues.", file=sys.stderr)
+        print(f"Not finished: {', '.join(missing)}. The same command retries.", file=sys.stderr)
+    if finished:
+        try:
+            for label, runs in finished.items():
+                print(f"\n{label}, 100 samples:\n{runs[0]['samples']}")
+            print(f"\n{table(finished)}\n\nFigure: {picture}", flush=True)
+        finally:  # also where "| head" has read enough
+            draw_failure_modes(finished, picture)
     return 1 if missing else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, 1 where a run failed, 2 with one line for bad input, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console without "±" shows a "?"
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console without "±" shows a "?"
     try:
         return train_and_show(**vars(command_line().parse_args(argv)))
+    except BrokenPipeError:  # "| head": else Python complains at its end, too
+        sys.stdout = None
+        return 1
     except (ValueError, OSError) as error:
         print(f"tokrl.py: {error}", file=sys.stderr)
         return 2
@@ -977,6 +957,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from tokrl import main as imported_main  # under this name workers find its functions
-
-    sys.exit(imported_main())
+    sys.exit(main())

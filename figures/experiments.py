@@ -16,6 +16,7 @@ import math
 import sys
 from argparse import ArgumentParser
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.figure
@@ -78,6 +79,7 @@ EVERY = [
     *["mean", "mean at rest", "orth", "orth at rest"],
     *["shrink", "shrink at shared", "shrink at rest"],
 ]
+LOSSES = ["reinforce", "grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo", "seq", "prefix"]
 NOTHING_SHARED = [
     {"fork": 0},
     {"fork": 0, "duplicates": "once"},
@@ -105,7 +107,8 @@ EXPERIMENTS = {
         arms(OFF_ON, *several("task", TASKS))
         | arms(["on at shared"], {"task": "chain"})
         | arms(OFF, *[{"loss": "prefix", "task": task} for task in TASKS]),
-        also=[(f"off {task}", f"off prefix {task}") for task in TASKS],
+        also=[(f"off {task}", f"off prefix {task}") for task in TASKS]
+        + [("on chain", "on at shared chain")],
     ),
     "long": Experiment(
         "Does it only delay? 1,200 rollouts in place of 400",
@@ -120,10 +123,10 @@ EXPERIMENTS = {
     ),
     "losses": Experiment(
         "Which losses drift, and is DFPO (on seq) better than they are?",
-        arms(OFF, *several("loss", tokrl.LOSSES))
+        arms(OFF, *several("loss", LOSSES))
         | arms(["on"], *several("loss", ["seq", "gspo", "grpo"]))
         | arms(OFF, *[{"loss": "gspo", "clip_eps": eps} for eps in (0.02, math.inf)]),
-        also=[(f"off {loss}", "on seq") for loss in tokrl.LOSSES if loss != "seq"],
+        also=[(f"off {loss}", "on seq") for loss in LOSSES if loss != "seq"],
     ),
     "frontier": Experiment(
         "Is it only slower learning? And where training is rough?",
@@ -437,7 +440,7 @@ def run(args):
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 with one line for bad input, 130 after Ctrl-C."""
     parser = ArgumentParser("figures.experiments", description=__doc__.splitlines()[0])
-    parser.error = tokrl.fail
+    parser.error = partial(require, False)  # one line, as for all bad input
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--plot", action="store_true", help="only tables and figures, no training")
     parser.add_argument("--seeds", type=tokrl.seed_range, default=SEEDS, help="default 0-7")
