@@ -8,9 +8,9 @@ The words. From one *prompt* a policy samples a *group* of G *completions* (with
 trajectories). A verifier gives each a *reward*, 1 or 0, at its end; its *advantage* is its reward
 minus the group's mean, over the group's standard deviation. A *rollout* is B such groups, on which
 we take a few gradient steps. After the first, each token has an importance *ratio*: its probability
-now over the one it was sampled with. GRPO and its relatives *clip* each token's own (no weight once
-it has moved far enough), GSPO clips the geometric mean over a completion, and `seq`, the paper's
-object, takes the product and does not clip.
+now over the one it was sampled with. GRPO and its relatives *clip* each token's ratio (no weight
+once it has moved far enough), GSPO clips the geometric mean over a completion, and `seq`, the
+paper's object, takes the product and does not clip.
 
 The claim. Inside a group, a token that all share cannot explain why one completion was right and
 another wrong. So its pushes, advantage times weight, should cancel over the group (Eq. 2).
@@ -116,7 +116,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N,H,T,D/H)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        return x + self.down(self.up(norm(x)).relu_().square())  # ReLU alone hardly learns
+        return x + self.down(self.up(norm(x)).relu_().square())
 
 
 class Policy(nn.Module):
@@ -138,20 +138,20 @@ class Policy(nn.Module):
 
 
 def distinct_rows(prompts, tokens):
-    """What the policy has to read of a rollout, each row once: in a toy most rows are copies.
+    """The rows that the policy reads in a rollout, without copies: in a toy most rows are copies.
 
-    prompts (B,P), tokens (B,G,T) -> rows (N,P+T−1), N <= BG; where each completion's row is, (B,G).
+    prompts (B,P), tokens (B,G,T) -> rows (N,P+T−1); which of them is each completion's, (B,G).
     """
     repeated = prompts[:, None].expand(-1, tokens.shape[1], -1)  # (B,G,P)
     rows = torch.cat([repeated, tokens[..., :-1]], dim=-1)  # nothing follows the last token
-    distinct, place = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
-    return distinct, place.view(tokens.shape[:2])
+    distinct, row_of = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
+    return distinct, row_of.view(tokens.shape[:2])
 
 
-def completion_logprobs(policy, distinct, place, length: int):
-    """Log-probabilities of every token at each of the last `length` places: (B,G,T,V) in nats."""
-    logprobs = policy(distinct).index_select(0, place.flatten())  # (BG,P+T−1,V)
-    return logprobs[:, -length:].unflatten(0, place.shape)
+def completion_logprobs(policy, distinct, row_of, length: int):
+    """Log-probabilities of every token at each of the last `length` positions: (B,G,T,V), nats."""
+    logprobs = policy(distinct).index_select(0, row_of.flatten())  # (BG,P+T−1,V)
+    return logprobs[:, -length:].unflatten(0, row_of.shape)
 
 
 def pick(logprobs, tokens):
@@ -178,15 +178,16 @@ def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: i
     """Sample `group_size` completions of each prompt, the first `fork` tokens once for the group.
 
     prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion. No temperature, no
-    top-k: what samples is what is scored. ValueError: no 0 <= fork < T.
+    top-k: what samples is what is scored. ValueError: no prompts, or not 0 <= fork < T.
     """
+    require(len(prompts) > 0, "there must be at least one prompt")
     require(0 <= fork < max_completion, f"fork must be in 0..{max_completion - 1}; got {fork}")
     rows = prompts
     for t in range(max_completion):
         if t == fork:  # until here a group is a single row
             rows = rows.repeat_interleave(group_size, dim=0)
-        distinct, place = rows.unique(dim=0, return_inverse=True)  # copies are computed once
-        probabilities = policy(distinct)[:, -1].exp()[place]
+        distinct, row_of = rows.unique(dim=0, return_inverse=True)  # copies are computed once
+        probabilities = policy(distinct)[:, -1].exp()[row_of]
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         ended = (rows[:, prompts.shape[1] :] == EOS).any(1, keepdim=True)
         rows = torch.cat([rows, sampled.masked_fill(ended, PAD)], dim=1)
@@ -195,7 +196,7 @@ def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: i
 
 # ---- 4. Advantages: what one trajectory did better than its group
 def group_advantages(rewards, normalize: bool = True, counted=None):
-    """Â_i = (R_i − mean R) / (std R + 1e-4) within each group, std with G − 1 (arXiv:2402.03300).
+    """Â_i = (R_i − mean R) / (std R + 1e-4) in each group (arXiv:2402.03300; std with G − 1, as TRL).
 
     rewards (B,G), floating-point -> (B,G), float32 at least; equal rewards give exactly 0, not
     dust. Without `normalize` (Dr. GRPO) no division. `counted` (B,G), bool or 0/1: only these make
@@ -208,11 +209,11 @@ def group_advantages(rewards, normalize: bool = True, counted=None):
     require(counted.shape == rewards.shape, f"counted must be (B,G); got {[*counted.shape]}")
     counted = as_bool(counted)
     rewards = at_least_float32(rewards).masked_fill(~counted, 0.0)
-    require(bool(rewards.isfinite().all()), "rewards must be finite")
 
     n = counted.sum(1, keepdim=True)  # (B,1)
     mean = rewards.sum(1, keepdim=True) / n.clamp(min=1)
     advantages = (rewards - mean).masked_fill(~counted, 0.0)
+    require(bool(advantages.isfinite().all()), "rewards and their sum must be finite")
     if normalize:
         scale = advantages.abs().amax(1, keepdim=True).clamp(min=1.0)  # squares of 1e20 overflow
         squares = (advantages / scale).square().sum(1, keepdim=True)
@@ -253,7 +254,7 @@ def effective_weights(
     low, high = clip_eps if isinstance(clip_eps, (tuple, list)) else (clip_eps, clip_eps)
     require(low > 0 and high > 0, f"clip_eps must be positive; got {clip_eps}")
     L = mask.shape[-1] if max_length is None else max_length
-    require(L >= 1, f"max_length must be at least 1; got {max_length}")
+    require(L >= 1, f"max_length must be at least 1; got {L}")
 
     log_r = at_least_float32(logprobs) - at_least_float32(old_logprobs)
     log_r = log_r.detach().masked_fill(~mask, 0.0)  # (B,G,T)
@@ -265,7 +266,7 @@ def effective_weights(
     M = mask.sum().clamp(min=1)  # scored tokens of the batch
 
     def clipped(x):
-        """The PPO clip: 0 where the ratio has moved past it in the direction that Â asks for."""
+        """The clip of PPO: 0 once a ratio has passed the bound on the side to which Â pushes it."""
         return x.masked_fill((A > 0) & (x > 1 + high) | (A < 0) & (x < 1 - low), 0.0)
 
     # fmt: off
@@ -293,7 +294,7 @@ def pushes(weights, advantages):
     """
     A = advantages[..., None]
     push = (A * at_least_float32(weights)).masked_fill((A == 0) | (weights == 0), 0.0)
-    finite = math.isfinite(push.sum().item())
+    finite = math.isfinite(push.sum().item())  # of a sum all terms are, or it is not
     require(finite, "advantage times weight is inf or nan: a ratio has overflowed")
     return push
 
@@ -301,19 +302,20 @@ def pushes(weights, advantages):
 def transform_weights(weights, advantages, mask, kind: str):
     """Change w along the group, position by position, over the trajectories scored there ("alive").
 
-        kind     w̃_i                                                 equal      smaller
-        off      w_i                                                  no         no
-        min      min_j w_j                     Min-Replace, Eq. 17    yes        yes
-        orth     w − (Âᵀw / ‖Â‖²) Â            Adv-Orthogonal, 18     Âᵀw̃ = 0    no
-        mean     mean_j w_j                    control                yes        no
-        shrink   w_i (min_j w_j / mean_j w_j)  control                no         yes
+        kind     w̃_i                                                  cancels   smaller
+        off      w_i                                                   no        no
+        min      min_j w_j                     Min-Replace, Eq. 17     yes       yes
+        orth     w − (Âᵀw / ‖Â‖²) Â            Adv-Orthogonal, Eq. 18  yes       no
+        mean     mean_j w_j                    control                 yes       no
+        shrink   w_i (min_j w_j / mean_j w_j)  control                 no        yes
 
-    Equal weights make the pushes of a shared token cancel, as Σ_i Â_i = 0. At all other tokens a
-    transform changes what each trajectory teaches; to tell the two apart, see `shared_tokens`. On a
-    clipped loss min and shrink silence a group once one trajectory is clipped.
+    Equal weights make the pushes of a shared token cancel, as Σ_i Â_i = 0; orth takes out what does
+    not. At all other tokens a transform changes what each trajectory teaches: `--at` tells the two
+    apart. On a clipped loss min and shrink silence a group once one trajectory is clipped.
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask.
-    A lone survivor gets 0 under orth. ValueError: unknown kind or wrong shape.
+    Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind, wrong
+    shape, or weights that are not finite under orth and shrink.
     """
     require(kind in TRANSFORMS, f"transform must be one of {', '.join(TRANSFORMS)}; got {kind!r}")
     check_shapes(advantages, mask, weights)
@@ -328,6 +330,7 @@ def transform_weights(weights, advantages, mask, kind: str):
     elif kind == "mean":
         w = mean.expand_as(w)
     elif kind == "shrink":
+        require(bool(mean.isfinite().all()), "the mean weight of a group is inf or nan")
         w = w * (smallest / mean.masked_fill(mean == 0, 1.0))
     elif kind == "orth":
         A = advantages[..., None].expand_as(w).masked_fill(~alive, 0.0)  # (B,G,T)
@@ -352,8 +355,8 @@ def policy_loss(logprobs, weights, advantages):
     """
     check_shapes(advantages, logprobs, weights)
     push = pushes(weights.detach(), advantages)
-    scored = logprobs.masked_fill(push == 0, 0.0)  # log π may be −inf there, and 0 · inf is nan
-    return -(push * scored).sum() / advantages.numel()
+    logprobs = logprobs.masked_fill(push == 0, 0.0)  # may be −inf there, and 0 · inf is nan
+    return -(push * logprobs).sum() / advantages.numel()
 
 
 def net_push(weights, advantages):
@@ -388,8 +391,8 @@ def adamw(policy, lr: float):
 
 @contextlib.contextmanager
 def one_thread():
-    """One thread while it lasts: faster for so small a network, and the same bits on any machine's
-    number of cores."""
+    """One thread while it lasts: faster for so small a network, and the same bits on any number of
+    cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -428,7 +431,10 @@ def warm_start(task, seed: int) -> Policy:
 
 # ---- 9. One rollout and the update on it
 def collect(policy, task, config: Config, generator):
-    """Draw B prompts, sample a group for each, judge it: prompts (B,P), tokens (B,G,T), (B,G)."""
+    """Draw B prompts, sample a group for each, judge it.
+
+    Returns prompts (B,P), tokens (B,G,T), rewards (B,G).
+    """
     drawn = torch.randint(len(task.prompts()), (config.prompts,), generator=generator)
     texts = [task.prompts()[i] for i in drawn]
     prompts = prompt_tokens(texts)
@@ -469,16 +475,20 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
     longest = max(config.fork, int(completion_mask(tokens).sum(-1).max()))
     tokens = tokens[..., :longest]  # no need to compute what nobody has reached
     mask = completion_mask(tokens)  # (B,G,T)
+
     A, counted = credit(tokens, rewards, config.duplicates)  # (B,G), (B,G)
     scored = mask & counted[..., None]  # by the policy loss; the KL counts every completion
     shared = shared_tokens(tokens)[:, None]  # (B,1,T)
     acts = {"all": torch.ones_like(shared), "shared": shared, "rest": ~shared}[config.at]
+
     rows = distinct_rows(prompts, tokens)
     parameters = list(policy.parameters())
     with torch.no_grad():
         reference_logprobs = completion_logprobs(reference, *rows, longest)  # (B,G,T,V)
     reward = rewards.mean().item()
+    total_push = 0.0
     seen = []
+
     for inner in range(config.inner_steps):
         every = completion_logprobs(policy, *rows, longest)  # (B,G,T,V)
         logprobs = pick(every, tokens)  # (B,G,T)
@@ -497,9 +507,9 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
         require(finite, f"loss {loss.item():.3g}, gradient norm {grad_norm:.3g}")
         optimizer.step()
 
-        push = net_push(w[..., : config.fork], A).mean().item()  # nan where nothing is shared
-        seen.append({"net_push": push, "kl": kl.item(), "grad_norm": grad_norm, "reward": reward})
-    return means(seen) | {"net_push": sum(row["net_push"] for row in seen)}
+        total_push += net_push(w[..., : config.fork], A).mean().item()  # nan at fork 0
+        seen.append({"kl": kl.item(), "grad_norm": grad_norm, "reward": reward})
+    return means(seen) | {"net_push": total_push}
 
 
 def means(rows: list[dict]) -> dict:
@@ -528,7 +538,7 @@ def solution_logprobs(policy, task):
 
 
 def evaluate(policy, task, start) -> dict:
-    """Exact measures against `start`, a policy or its solution_logprobs; nan: all have one solution.
+    """Exact measures; `start`: a policy or its solution_logprobs. nan: no prompt has two solutions.
 
     accuracy          Σ_y π(y|x) over right y, mean over prompts
     solution_entropy  entropy of π(y | x, right) / log(number of right y): 1 even, 0 one left
@@ -539,7 +549,7 @@ def evaluate(policy, task, start) -> dict:
     if isinstance(start, nn.Module):
         start = solution_logprobs(start, task)
     log_p = solution_logprobs(policy, task)
-    log_q = log_p.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right)
+    log_q = log_p.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right); not 0 · −inf
     entropy = -(log_q.exp() * log_q).sum(1) / n.log()
     moved = (log_p - start).masked_fill(~exists, 0.0)
     pairs = exists[:, :, None] & exists[:, None, :]  # (B,S,S), ordered; one with itself adds 0
@@ -561,9 +571,10 @@ def opening_logprobs(policy, task, fork: int):
 
 
 def learning_tax(after, before, task) -> float:
-    """KL(after ‖ before) of two opening_logprobs, summed over an opening, mean over openings.
+    """KL(after ‖ before) of two opening_logprobs, summed over the opening of each right solution.
 
-    All motion of the opening, whatever moved it (Prop. 3.1), and to and fro adds up.
+    Mean over solutions, then prompts. It is all motion of the opening, not only that of Prop. 3.1,
+    and motion to and fro adds up.
     """
     _, tokens, exists = solution_table(task)
     mask = completion_mask(tokens)[..., : after.shape[2]]  # (B,S,fork)
@@ -591,8 +602,9 @@ def samples(policy, task, seed: int) -> str:
 def train(config: Config, seed: int, **bar) -> dict:
     """Warm start, then `steps` rollouts with an update on each, with tqdm's options `bar`.
 
-    Returns "curves", 40 to 80 evaluations, "final", means of their last quarter (one evaluation is
-    noisy), "samples", and what was trained: "config", "seed". ValueError: the run has diverged.
+    Returns "curves", an evaluation at every step or at 40 to 80 of them, "final", means of the last
+    quarter (one point fluctuates), "samples", and what was trained: "config", "seed".
+    ValueError: the run has diverged.
     """
     seed = operator.index(seed)  # numpy's integers, too
     task = TASKS[config.task]
@@ -610,10 +622,10 @@ def train(config: Config, seed: int, **bar) -> dict:
     bar = {"unit": " rollouts", "leave": False, "disable": sys.stderr is None} | bar
     for step in tqdm(range(config.steps + 1), **bar):
         if step > 0:
-            rollout = collect(policy, task, config, generator)
             try:
+                rollout = collect(policy, task, config, generator)
                 seen.append(update(policy, reference, optimizer, config, *rollout))
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # torch's own: it cannot sample from nan
                 raise ValueError(f"stopped at rollout {step}: {error}") from None
             before = openings
             openings = opening_logprobs(policy, task, config.fork)
@@ -698,7 +710,7 @@ HERE = Path(__file__).resolve().parent  # also where this file is called through
 
 @functools.cache
 def code_version() -> str:
-    """What the code does, without its comments and layout."""
+    """The code, without its comments and layout."""
     texts = [(HERE / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
     return "".join(ast.dump(ast.parse(text)) for text in texts)
 
