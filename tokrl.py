@@ -315,7 +315,7 @@ def transform_weights(weights, advantages, mask, kind: str):
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask.
     Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind, wrong
-    shape, or weights that are not finite under orth and shrink.
+    shape, or under orth a push that is not finite.
     """
     require(kind in TRANSFORMS, f"transform must be one of {', '.join(TRANSFORMS)}; got {kind!r}")
     check_shapes(advantages, mask, weights)
@@ -330,7 +330,6 @@ def transform_weights(weights, advantages, mask, kind: str):
     elif kind == "mean":
         w = mean.expand_as(w)
     elif kind == "shrink":
-        require(bool(mean.isfinite().all()), "the mean weight of a group is inf or nan")
         w = w * (smallest / mean.masked_fill(mean == 0, 1.0))
     elif kind == "orth":
         A = advantages[..., None].expand_as(w).masked_fill(~alive, 0.0)  # (B,G,T)
