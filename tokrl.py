@@ -757,7 +757,10 @@ def available_cores() -> int:
 def work():
     """What one worker does: the runs on its standard input; a line of output for each failure."""
     sys.stdout = sys.stderr  # what you print in train is seen at once, and is not taken for one
-    line, jobs = json.loads(sys.stdin.readline())
+    text = sys.stdin.readline()
+    if not text.endswith("\n"):  # the parent has ended meanwhile
+        return
+    line, jobs = json.loads(text)
     threading.Thread(target=end_with_parent, daemon=True).start()
     for name, config, seed, path in jobs:
         try:
@@ -775,10 +778,10 @@ def end_with_parent():
 
 def start_worker(line: int, jobs: list) -> subprocess.Popen:
     """A fresh Python: from which script, thread or notebook we are called makes no difference."""
-    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"  # Ctrl-C: no traceback
-    code += "; import tokrl; tokrl.work()"
-    pipe = subprocess.PIPE
-    worker = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdin=pipe, stdout=pipe)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", "import tokrl; tokrl.work()"]
+    # a session of its own: Ctrl-C is for the parent, a worker would print a traceback
+    worker = subprocess.Popen(command, cwd=HERE, start_new_session=True, **pipes)
     with contextlib.suppress(BrokenPipeError):  # it is dead already: train_missing says so
         worker.stdin.write(json.dumps([line, jobs]).encode() + b"\n")
         worker.stdin.flush()
