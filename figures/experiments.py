@@ -138,7 +138,7 @@ EXPERIMENTS = {
         arms(
             OFF_ON,
             *several("inner_steps", [1, 2, 4, 8]),
-            {"max_grad_norm": math.inf},
+            *several("max_grad_norm", [0.15, math.inf]),
             {"kl": 0.0},
         ),
         also=[("off inner_steps=2", "on inner_steps=8")],
