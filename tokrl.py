@@ -677,11 +677,22 @@ def check_shapes(advantages, *per_token):
     require(fine, f"advantages must be (B,G), weights, mask and the like (B,G,T); got {got}")
 
 
-# a field's choices, or its least value
-VALID = {"task": tuple(TASKS), "loss": LOSSES, "transform": TRANSFORMS}
-VALID |= {"at": PLACES, "duplicates": DUPLICATES}
-VALID |= {"fork": 0, "group_size": 2, "prompts": 1, "inner_steps": 1, "steps": 1}
-VALID |= {"lr": 1e-9, "max_grad_norm": 1e-9, "kl": 0.0, "clip_eps": 1e-9}
+VALID = {  # a field's choices, or its least value
+    "task": tuple(TASKS),
+    "loss": LOSSES,
+    "transform": TRANSFORMS,
+    "at": PLACES,
+    "duplicates": DUPLICATES,
+    "fork": 0,
+    "group_size": 2,
+    "prompts": 1,
+    "inner_steps": 1,
+    "steps": 1,
+    "lr": 1e-9,
+    "max_grad_norm": 1e-9,
+    "kl": 0.0,
+    "clip_eps": 1e-9,
+}
 
 
 def check_config(config: Config):
