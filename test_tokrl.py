@@ -798,7 +798,9 @@ def test_collect_draws_samples_and_rewards_as_configured():
 
 def rollout(*groups):
     """Groups for "75=" and "31=" -> prompts, tokens, and rewards, some of each."""
-    tokens = [[encode(text.ljust(8, VOCAB[PAD])) for text in group] for group in groups]
+    tokens = []
+    for group in groups:
+        tokens.append([encode(text.ljust(8, VOCAB[PAD])) for text in group])
     rewards = tensor([[1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]])
     return tokrl.prompt_tokens(["75=", "31="]), torch.tensor(tokens), rewards
 

@@ -513,7 +513,10 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
 
 def means(rows: list[dict]) -> dict:
     """The mean of each number over rows."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    result = {}
+    for name in rows[0]:
+        result[name] = sum(row[name] for row in rows) / len(rows)
+    return result
 
 
 # ---- 10. Exact measures, over every prompt and every right completion
@@ -636,10 +639,13 @@ def train(config: Config, seed: int, **bar) -> dict:
             row = {name: float(f"{value:.6g}") for name, value in row.items()}
             rows.append({"step": step} | row)
             seen = []
+    curves = {}
+    for name in rows[-1]:
+        curves[name] = [row.get(name, math.nan) for row in rows]
     return {
         "config": asdict(config),
         "seed": seed,
-        "curves": {name: [row.get(name, math.nan) for row in rows] for name in rows[-1]},
+        "curves": curves,
         "final": means([row for row in rows if row["step"] > 0.75 * config.steps]),
         "samples": samples(policy, task, seed),
     }

@@ -316,7 +316,8 @@ def report(result: dict) -> str:
 
 def insert(page: str, name: str, text: str) -> str:
     """The page with `text` between its marks of NAME."""
-    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    first = f"<!-- {name} -->\n"
+    last = f"<!-- end of {name} -->\n"
     require(page.count(first) == page.count(last) == 1, f"README.md lacks the marks of {name}")
     before, _, rest = page.partition(first)
     _, _, after = rest.partition(last)
