@@ -1,54 +1,52 @@
 """tokrl: which tokens of a group cancel, and what happens when they do not. One paper in one file.
 
+    python tokrl.py                     train without and with the paper's remedy, and draw both
+    python tokrl.py --transform orth    another transform, drawn beside what is finished
+    python tokrl.py --help              all options
+
 Paper: F. Ding et al., "Design Conditions for Intra-Group Learning of Sequence-Level Rewards: Token
-Gradient Cancellation", arXiv:2604.13088v1 (equations as in v1; we worked from summaries, not from
-the full text).
+Gradient Cancellation", arXiv:2604.13088v1 (equations as in v1; we worked from summaries).
 
 The words. From one *prompt* a policy samples a *group* of G *completions* (with the prompt:
-trajectories). A verifier gives each a *reward*, 1 or 0, at its end; its *advantage* is its reward
-minus the group's mean, over the group's standard deviation. A *rollout* is B such groups, on which
-we take a few gradient steps. After the first, each token has an importance *ratio*: its probability
-now over the one it was sampled with. GRPO and its relatives *clip* each token's ratio (no weight
-once it has moved far enough), GSPO clips the geometric mean over a completion, and `seq`, the
-paper's object, takes the product and does not clip.
+trajectories). Each gets a *reward*, 1 or 0, at its end; its *advantage* is its reward minus the
+group's mean, over the group's standard deviation. A *rollout* is B such groups, on which we take a
+few gradient steps. After the first, each token has an importance *ratio*: its probability now over
+the one it was sampled with. GRPO clips each token's ratio, GSPO the geometric mean over a
+completion, and `seq`, the paper's object, takes the product and does not clip.
 
 The claim. Inside a group, a token that all share cannot explain why one completion was right and
-another wrong. So its pushes, advantage times weight, should cancel over the group (Eq. 2).
+another wrong, so its pushes, advantage times weight, should cancel over the group (Eq. 2).
 Sequence-level weights differ, so they do not: each step moves the shared token by what came after
 it (Prop. 3.1, "learning tax"), equally right solutions drift apart (Cor. 3.2), and one is left in
 the end (entropy collapse). Weights that are equal (Min-Replace, Eq. 17) or orthogonal to the
-advantages (Adv-Orthogonal, Eq. 18) restore the cancellation. With them, and without a clip, the
-paper's method is called DFPO, Drift Fixing Policy Optimization.
+advantages (Adv-Orthogonal, Eq. 18) restore the cancellation.
 
 Where this program departs from the paper:
  1. The policy has 0.1 million parameters and the tasks can be enumerated: all measures are exact.
- 2. A group shares its first `fork` tokens because they are sampled once for all of it; a language
-    model's group shares its opening because the model is nearly certain of it.
- 3. DFPO is taken to be `--loss seq --transform on`: the summaries that speak of its ratio say so.
+ 2. A group shares its first `fork` tokens because they are sampled once for all of it, as in tree
+    rollouts. A language model's group shares an opening because all of it chose the same one: for
+    that, `--task habit`, or `--fork 0` with another task. There the remedy does little.
+ 3. The paper's method, DFPO, is taken to be `--loss seq --transform on`, as summaries describe it.
  4. Ours: `--at` limits a transform to shared tokens or to the rest, the loss `prefix` cancels
-    without a transform (its ratio is CTPO's), `--duplicates` counts copies of a completion.
+    without a transform (its ratio is CTPO's), `--duplicates share` lets copies share a reward.
 """
 
-import ast
-import contextlib
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy==2.4.6", "matplotlib==3.11.2", "tqdm==4.70.1"]
+# ///
+
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import math
-import operator
 import os
 import random
-import re
-import subprocess
 import sys
-import threading
 import zlib
-from argparse import ArgumentParser
-from collections import Counter
-from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -60,35 +58,52 @@ from toy_tasks import EOS, PAD, TASKS, VOCAB, decode, encode
 
 LOSSES = ("reinforce", "grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo", "seq", "prefix")
 CLIPS = {"grpo": 0.2, "dr_grpo": 0.2, "dapo": 0.2, "grpo_sym": 0.2, "cispo": 0.2, "gspo": 0.04}
-TRANSFORMS = ("off", "min", "orth", "mean", "shrink")
+TRANSFORMS = ("off", "min", "orth")
 PLACES = ("all", "shared", "rest")
-DUPLICATES = ("keep", "once", "share")
 
 
 # ---- 1. Configuration
+def option(default, text: str, choices=None, least=None):
+    """A field of Config, which is also an option of the command line (chapter 13)."""
+    return field(default=default, metadata={"text": text, "choices": choices, "least": least})
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run, all but its seed. ValueError names a field that is out of range."""
 
-    task: str = "commute"  # prompts and their right completions, from toy_tasks.py
-    loss: str = "seq"  # which weight a token gets: one of LOSSES
-    transform: str = "off"  # what is done to a group's weights: one of TRANSFORMS
-    at: str = "all"  # at which tokens the transform acts: all, shared, rest
-    duplicates: str = "keep"  # what copies of a completion count for: keep, once, share
-    fork: int | None = None  # opening tokens that a group shares; None: the task's own
-    group_size: int = 8  # G, completions per prompt
-    prompts: int = 8  # B, prompts per rollout
-    inner_steps: int = 8  # gradient steps on each rollout
-    steps: int = 400  # rollouts
-    lr: float = 1e-4  # learning rate of AdamW
-    max_grad_norm: float = 1.0  # limit on the gradient's norm; inf: none
-    kl: float = 0.02  # weight of the exact KL to the warm start
-    clip_eps: float | None = None  # clip outside 1 ± this; inf: never; None: the loss's own
+    task: str = option("commute", "prompts and their right answers: toy_tasks.py", tuple(TASKS))
+    loss: str = option("seq", "which weight a token gets", LOSSES)
+    transform: str = option("off", "what is done to a group's weights; on is min", TRANSFORMS)
+    at: str = option("all", "at which tokens the transform acts", PLACES)
+    duplicates: str = option("keep", "do copies of an answer share a reward?", ("keep", "share"))
+    fork: int = option(None, "opening tokens that a group shares; None: the task's own", least=0)
+    group_size: int = option(8, "G, completions per prompt", least=2)
+    prompts: int = option(8, "B, prompts per rollout", least=1)
+    inner_steps: int = option(8, "gradient steps on each rollout", least=1)
+    steps: int = option(400, "rollouts", least=1)
+    lr: float = option(1e-4, "learning rate of AdamW", least=0)
+    max_grad_norm: float = option(1.0, "limit on the gradient's norm; inf: none", least=0)
+    kl: float = option(0.02, "weight of the exact KL to the warm start", least=0)
+    clip_eps: float = option(
+        None, "clip outside 1 ± this; inf: never; None: the loss's own", least=0
+    )
 
     def __post_init__(self):
-        check_config(self)  # chapter 12
+        for f in fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata["choices"]
+            least = f.metadata["least"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}; got {value!r}")
+            if least is not None and value is not None and not value >= least:
+                raise ValueError(f"{f.name} must be at least {least}; got {value!r}")
+        if self.clip_eps is not None and self.loss not in CLIPS:
+            raise ValueError(f"clip_eps: {self.loss} has no clip")
         if self.fork is None:
             object.__setattr__(self, "fork", TASKS[self.task].fork)
+        if self.fork >= TASKS[self.task].max_completion:
+            raise ValueError(f"fork must be below {TASKS[self.task].max_completion}")
         if self.transform == "off":  # acts nowhere: one and the same run
             object.__setattr__(self, "at", "all")
 
@@ -116,7 +131,7 @@ class Block(nn.Module):
         q, k, v = self.qkv(norm(x)).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # (N,H,T,D/H)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, t, d))
-        return x + self.down(self.up(norm(x)).relu_().square())
+        return x + self.down(self.up(norm(x)).relu().square())
 
 
 class Policy(nn.Module):
@@ -132,26 +147,24 @@ class Policy(nn.Module):
             nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
 
     def forward(self, tokens):
-        """tokens (N,T) int64 -> log-probabilities (N,T,V) in nats of the token after each."""
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        return self.head(norm(self.blocks(x))).log_softmax(-1)
+        """tokens (N,T) int64 -> log-probabilities (N,T,V) in nats of the token after each.
+
+        Equal rows are computed once: in a toy most completions are copies.
+        """
+        distinct, row_of = tokens.unique(dim=0, return_inverse=True)
+        x = self.token(distinct) + self.position.weight[: tokens.shape[1]]
+        return self.head(norm(self.blocks(x))).log_softmax(-1).index_select(0, row_of)
 
 
-def distinct_rows(prompts, tokens):
-    """The rows that the policy reads in a rollout, without copies: in a toy most rows are copies.
+def completion_logprobs(policy, prompts, tokens):
+    """Log-probabilities of every token of the vocabulary at each place of the completions, in nats.
 
-    prompts (B,P), tokens (B,G,T) -> rows (N,P+T−1); which of them is each completion's, (B,G).
+    prompts (B,P), tokens (B,G,T) -> (B,G,T,V).
     """
     repeated = prompts[:, None].expand(-1, tokens.shape[1], -1)  # (B,G,P)
     rows = torch.cat([repeated, tokens[..., :-1]], dim=-1)  # nothing follows the last token
-    distinct, row_of = rows.flatten(0, 1).unique(dim=0, return_inverse=True)
-    return distinct, row_of.view(tokens.shape[:2])
-
-
-def completion_logprobs(policy, distinct, row_of, length: int):
-    """Log-probabilities of every token at each of the last `length` positions: (B,G,T,V), nats."""
-    logprobs = policy(distinct).index_select(0, row_of.flatten())  # (BG,P+T−1,V)
-    return logprobs[:, -length:].unflatten(0, row_of.shape)
+    logprobs = policy(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])  # (B,G,P+T−1,V)
+    return logprobs[:, :, -tokens.shape[2] :]
 
 
 def pick(logprobs, tokens):
@@ -161,13 +174,15 @@ def pick(logprobs, tokens):
 
 def token_logprobs(policy, prompts, tokens):
     """Log-probabilities of the completions' own tokens: (B,P), (B,G,T) -> (B,G,T) in nats."""
-    rows = distinct_rows(prompts, tokens)
-    return pick(completion_logprobs(policy, *rows, tokens.shape[2]), tokens)
+    return pick(completion_logprobs(policy, prompts, tokens), tokens)
 
 
 # ---- 3. Sampling groups that share an opening
 def completion_mask(tokens):
-    """True up to and including the first EOS (it is scored and trained), then False: (...,T)."""
+    """True up to and including the first EOS (it is scored and trained), then False: (...,T) bool.
+
+    It knows the toy's EOS only: a trainer of language models brings its own mask.
+    """
     is_eos = (tokens == EOS).long()
     earlier = is_eos.cumsum(-1) - is_eos  # how many EOS stand before each token
     return earlier == 0
@@ -177,17 +192,14 @@ def completion_mask(tokens):
 def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: int, generator):
     """Sample `group_size` completions of each prompt, the first `fork` tokens once for the group.
 
-    prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion. No temperature, no
-    top-k: what samples is what is scored. ValueError: no prompts, or not 0 <= fork < T.
+    prompts (B,P) int64 -> tokens (B,G,T), PAD after EOS; T = max_completion > fork. No temperature,
+    no top-k: what samples is what is scored.
     """
-    require(len(prompts) > 0, "there must be at least one prompt")
-    require(0 <= fork < max_completion, f"fork must be in 0..{max_completion - 1}; got {fork}")
     rows = prompts
     for t in range(max_completion):
         if t == fork:  # until here a group is a single row
             rows = rows.repeat_interleave(group_size, dim=0)
-        distinct, row_of = rows.unique(dim=0, return_inverse=True)  # copies are computed once
-        probabilities = policy(distinct)[:, -1].exp()[row_of]
+        probabilities = policy(rows)[:, -1].exp()
         sampled = torch.multinomial(probabilities, 1, generator=generator)
         ended = (rows[:, prompts.shape[1] :] == EOS).any(1, keepdim=True)
         rows = torch.cat([rows, sampled.masked_fill(ended, PAD)], dim=1)
@@ -195,41 +207,33 @@ def sample_groups(policy, prompts, group_size: int, fork: int, max_completion: i
 
 
 # ---- 4. Advantages: what one trajectory did better than its group
-def group_advantages(rewards, normalize: bool = True, counted=None):
+def group_advantages(rewards, normalize: bool = True):
     """Â_i = (R_i − mean R) / (std R + 1e-4) in each group (arXiv:2402.03300; std with G − 1, as TRL).
 
-    rewards (B,G), floating-point -> (B,G), float32 at least; equal rewards give exactly 0, not
-    dust. Without `normalize` (Dr. GRPO) no division. `counted` (B,G), bool or 0/1: only these make
-    up the group; the others get 0, and their rewards may be anything.
-    ValueError: wrong shape or dtype, or a reward that counts and is not finite.
+    rewards (B,G) -> (B,G), float32 at least. Without `normalize` (Dr. GRPO) no division.
     """
-    fine = rewards.dim() == 2 and rewards.numel() > 0 and rewards.is_floating_point()
-    require(fine, f"rewards must be floating-point (B,G); got {rewards.dtype} {[*rewards.shape]}")
-    counted = torch.ones_like(rewards) if counted is None else counted
-    require(counted.shape == rewards.shape, f"counted must be (B,G); got {[*counted.shape]}")
-    counted = as_bool(counted)
-    rewards = at_least_float32(rewards).masked_fill(~counted, 0.0)
-
-    n = counted.sum(1, keepdim=True)  # (B,1)
-    mean = rewards.sum(1, keepdim=True) / n.clamp(min=1)
-    advantages = (rewards - mean).masked_fill(~counted, 0.0)
-    require(bool(advantages.isfinite().all()), "rewards and their sum must be finite")
+    assert rewards.dim() == 2
+    rewards = at_least_float32(rewards)
+    advantages = rewards - rewards.mean(1, keepdim=True)
     if normalize:
-        scale = advantages.abs().amax(1, keepdim=True).clamp(min=1.0)  # squares of 1e20 overflow
-        squares = (advantages / scale).square().sum(1, keepdim=True)
-        std = scale * (squares / (n - 1).clamp(min=1)).sqrt()
-        advantages = advantages / (std + 1e-4)
-    highest = rewards.masked_fill(~counted, -math.inf).amax(1, keepdim=True)
-    lowest = rewards.masked_fill(~counted, math.inf).amin(1, keepdim=True)
-    return advantages.masked_fill(highest <= lowest, 0.0)
+        variance = advantages.square().sum(1, keepdim=True) / (rewards.shape[1] - 1)
+        advantages = advantages / (variance.sqrt() + 1e-4)
+    equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0)  # exactly 0: a mean of equal numbers may be rounded
+
+
+def at_least_float32(x):
+    """bfloat16 rounds ratios to steps of .004 and more: a clip of 3e-4 would never act."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---- 5. Effective weights: every published loss is one line (Eq. 2, section 4)
 
-# The gradient of each loss in log π of token t of trajectory i is −(1/BG) Â_i w_{i,t}, where the
-# effective weight w_{i,t} gathers ratio, clip and length normalisation. At a token that the group
-# shares, log π is one number for all i, so its push is ∝ Σ_i Â_i w_{i,t}: it cancels (Eq. 2) where
-# that sum is 0.
+# A loss puts a ratio r = π / π_old in front of the advantage, and ∇r = r ∇log π. So the gradient of
+# each loss in log π of token t of trajectory i is −(1/BG) Â_i w_{i,t}, where the effective weight
+# w_{i,t} gathers ratio, clip and length normalisation. Call Â_i w_{i,t} a push. At a token that the
+# group shares, log π is one number for all i, so the pushes add up to Σ_i Â_i w_{i,t}: they cancel
+# (Eq. 2) where that sum is 0.
 # Sources: reinforce, Williams 1992; grpo arXiv:2402.03300; dr_grpo 2503.20783 (its own advantages
 # are not divided by std, here all are); dapo 2503.14476, cispo 2506.13585 (the token mean over the
 # batch is TRL's and verl's); gspo 2507.18071; grpo_sym and seq, the paper; prefix, CTPO without
@@ -241,29 +245,26 @@ def effective_weights(
 ):
     """The weight w_{i,t} of every token under `loss`: exactly 0 off the mask, and without gradient.
 
-    logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T),
-    float32 at least. clip_eps: a number or a pair (low, high); inf: no clip; None: as in CLIPS.
-    max_length: the constant length L of reinforce, dr_grpo, grpo_sym, seq and prefix; None: T.
-    ValueError: unknown loss, wrong shape, a clip that is not positive, max_length below 1.
+    logprobs, old_logprobs (B,G,T) in nats, advantages (B,G), mask (B,G,T) bool -> (B,G,T).
+    clip_eps: a number or a pair (low, high); inf: no clip; None: as in CLIPS. max_length: the
+    constant length L of reinforce, dr_grpo, grpo_sym, seq and prefix; None: T. Give it where T
+    varies by batch. ValueError: unknown loss.
     """
-    require(loss in LOSSES, f"loss must be one of {', '.join(LOSSES)}; got {loss!r}")
-    check_shapes(advantages, mask, logprobs, old_logprobs)
-    mask = as_bool(mask)
+    assert logprobs.shape == old_logprobs.shape == mask.shape and mask.dtype == torch.bool
+    assert advantages.shape == mask.shape[:2]
     if clip_eps is None:
         clip_eps = CLIPS.get(loss, math.inf)
     low, high = clip_eps if isinstance(clip_eps, (tuple, list)) else (clip_eps, clip_eps)
-    require(low > 0 and high > 0, f"clip_eps must be positive; got {clip_eps}")
     L = mask.shape[-1] if max_length is None else max_length
-    require(L >= 1, f"max_length must be at least 1; got {L}")
 
-    log_r = at_least_float32(logprobs) - at_least_float32(old_logprobs)
-    log_r = log_r.detach().masked_fill(~mask, 0.0)  # (B,G,T)
+    log_r = at_least_float32(logprobs.detach()) - at_least_float32(old_logprobs.detach())
+    log_r = log_r.masked_fill(~mask, 0.0)  # (B,G,T)
     r = log_r.exp()  # the token's importance ratio
     log_s = log_r.sum(-1, keepdim=True)  # (B,G,1) the whole completion's
     A = advantages[..., None]  # (B,G,1); only its sign matters here
     n = mask.sum(-1, keepdim=True).clamp(min=1)  # (B,G,1) scored tokens of each trajectory
     BG = advantages.numel()
-    M = mask.sum().clamp(min=1)  # scored tokens of the batch
+    M = mask.sum()  # scored tokens of the batch
 
     def clipped(x):
         """The clip of PPO: 0 once a ratio has passed the bound on the side to which Â pushes it."""
@@ -280,67 +281,51 @@ def effective_weights(
         case "gspo":      w = clipped((log_s / n).exp()) / n  # broken: ratio, clip and n differ
         case "seq":       w = log_s.exp() / L                 # broken by the ratios *after* it
         case "prefix":    w = log_r.cumsum(-1).exp() / L      # cancels: a shared past, one product
+        case _:           raise ValueError(f"unknown loss {loss!r}")
     # fmt: on
     return w.expand_as(r).masked_fill(~mask, 0.0)
 
 
 # ---- 6. Transforms: make the weights cancel at shared tokens (Eqs. 17 and 18)
-def pushes(weights, advantages):
-    """Â_i w_{i,t}, how hard each trajectory pushes each of its tokens: (B,G,T), (B,G) -> (B,G,T).
-
-    Where Â or w is 0 it is exactly 0, whatever the other: a ratio that has overflowed would give
-    inf · 0 = nan, and one such trajectory would spread it to all. ValueError: a push that is not
-    finite all the same.
-    """
-    A = advantages[..., None]
-    push = (A * at_least_float32(weights)).masked_fill((A == 0) | (weights == 0), 0.0)
-    finite = math.isfinite(push.sum().item())  # of a sum all terms are, or it is not
-    require(finite, "advantage times weight is inf or nan: a ratio has overflowed")
-    return push
-
-
 def transform_weights(weights, advantages, mask, kind: str):
-    """Change w along the group, position by position, over the trajectories scored there ("alive").
+    """Change w along the group, place by place, over the trajectories scored there ("alive").
 
-        kind     w̃_i                                                  cancels   smaller
-        off      w_i                                                   no        no
-        min      min_j w_j                     Min-Replace, Eq. 17     yes       yes
-        orth     w − (Âᵀw / ‖Â‖²) Â            Adv-Orthogonal, Eq. 18  yes       no
-        mean     mean_j w_j                    control                 yes       no
-        shrink   w_i (min_j w_j / mean_j w_j)  control                 no        yes
+        off      w_i
+        min      min_j w_j             Min-Replace, Eq. 17: equal weights, and Σ_i Â_i = 0
+        orth     w − (Âᵀw / ‖Â‖²) Â    Adv-Orthogonal, Eq. 18: takes out what does not cancel
 
-    Equal weights make the pushes of a shared token cancel, as Σ_i Â_i = 0; orth takes out what does
-    not. At all other tokens a transform changes what each trajectory teaches: `--at` tells the two
-    apart. On a clipped loss min and shrink silence a group once one trajectory is clipped.
+    At a token that is not shared a transform changes what each trajectory teaches: `--at` tells the
+    two apart. On a clipped loss min silences a group once one of its trajectories is clipped.
 
-    weights (B,G,T), advantages (B,G), mask (B,G,T) bool or 0/1 -> (B,G,T), exactly 0 off the mask.
-    Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind, wrong
-    shape, or under orth a push that is not finite.
+    weights (B,G,T), advantages (B,G), mask (B,G,T) bool -> (B,G,T), exactly 0 off the mask.
+    Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind.
     """
-    require(kind in TRANSFORMS, f"transform must be one of {', '.join(TRANSFORMS)}; got {kind!r}")
-    check_shapes(advantages, mask, weights)
-    alive = as_bool(mask)
-    w = at_least_float32(weights).masked_fill(~alive, 0.0)
-    if kind == "off":
-        return w
-    smallest = w.masked_fill(~alive, math.inf).amin(1, keepdim=True)  # (B,1,T), inf: nobody
-    mean = w.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)  # (B,1,T)
+    assert weights.shape == mask.shape and mask.dtype == torch.bool
+    assert advantages.shape == mask.shape[:2]
+    w = weights.masked_fill(~mask, 0.0)
     if kind == "min":
-        w = smallest.expand_as(w)
-    elif kind == "mean":
-        w = mean.expand_as(w)
-    elif kind == "shrink":
-        w = w * (smallest / mean.masked_fill(mean == 0, 1.0))
+        w = w.masked_fill(~mask, math.inf).amin(1, keepdim=True).expand_as(w)
     elif kind == "orth":
-        A = advantages[..., None].expand_as(w).masked_fill(~alive, 0.0)  # (B,G,T)
-        norm2 = A.square().sum(1, keepdim=True)  # (B,1,T): ‖Â‖²
+        A = advantages[..., None] * mask  # (B,G,T)
+        norm2 = A.square().sum(1, keepdim=True)  # (B,1,T): ‖Â‖², and 0 where nobody has an Â
         along = pushes(w, advantages).sum(1, keepdim=True) / norm2.masked_fill(norm2 == 0, 1.0)
         w = w - along * A
-    return w.masked_fill(~alive, 0.0)
+    elif kind != "off":
+        raise ValueError(f"unknown transform {kind!r}")
+    return w.masked_fill(~mask, 0.0)
+
+
+def pushes(weights, advantages):
+    """Â_i w_{i,t}: (B,G,T), (B,G) -> (B,G,T). 0 where Â is 0, also at a ratio that overflowed."""
+    A = advantages.detach()[..., None]  # they may come from a reward model, or hold a KL
+    return (A * weights).masked_fill(A == 0, 0.0)
 
 
 def shared_tokens(tokens):
-    """Where the whole group agrees, up to and including the token: (B,G,T) -> (B,T) bool."""
+    """Where the whole group agrees, up to and including the token: (B,G,T) -> (B,T) bool.
+
+    A row of nothing but padding, as some trainers add, agrees with nobody: leave it out first.
+    """
     agree = (tokens == tokens[:, :1]).all(1)  # (B,T)
     return agree.long().cumprod(-1).bool()  # once branched, never shared again
 
@@ -350,24 +335,18 @@ def policy_loss(logprobs, weights, advantages):
     """−(1/BG) Σ_{i,t} Â_i sg[w_{i,t}] log π_{i,t}, sg: stop-gradient.
 
     logprobs, weights (B,G,T), advantages (B,G) -> scalar. A trajectory of weight 0 counts in BG.
-    ValueError: wrong shape, or a push that is not finite.
     """
-    check_shapes(advantages, logprobs, weights)
-    push = pushes(weights.detach(), advantages)
-    logprobs = logprobs.masked_fill(push == 0, 0.0)  # may be −inf there, and 0 · inf is nan
-    return -(push * logprobs).sum() / advantages.numel()
+    assert logprobs.shape == weights.shape and advantages.shape == weights.shape[:2]
+    return -(pushes(weights.detach(), advantages) * logprobs).sum() / advantages.numel()
 
 
 def net_push(weights, advantages):
-    """|Σ_i Â_i w_{i,t}| / G, the size of Eq. 2's left side: (B,G,T), (B,G) -> (B,T).
-
-    ValueError: as for policy_loss.
-    """
-    check_shapes(advantages, weights)
+    """|Σ_i Â_i w_{i,t}| / G, the size of Eq. 2's left side: (B,G,T), (B,G) -> (B,T)."""
+    assert advantages.shape == weights.shape[:2]
     return pushes(weights, advantages).mean(1).abs()
 
 
-# ---- 8. Warm start: a policy that knows the form of the task and gets a third of it right
+# ---- 8. Warm start: a policy that knows the form of the task and gets part of it right
 def named_generator(seed: int, use: str) -> torch.Generator:
     """One generator per seed and use, so that drawing more for one use never moves another."""
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()))
@@ -388,22 +367,11 @@ def adamw(policy, lr: float):
     return torch.optim.AdamW(policy.parameters(), lr, betas=(0.9, 0.99), weight_decay=0, fused=True)
 
 
-@contextlib.contextmanager
-def one_thread():
-    """One thread while it lasts: faster for so small a network, and the same bits on any number of
-    cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
+    """A policy after a short supervised phase on the task's demonstrations, half of them wrong.
 
-
-@functools.cache  # all arms of a seed start from the same policy
-@one_thread()
-def cached_warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
-    """Train on demonstrations; the learning rate falls to 0 over the steps."""
+    The learning rate falls to 0 over the steps.
+    """
     policy = Policy(named_generator(seed, "initialisation"))
     optimizer = adamw(policy, lr)
     rng = random.Random(f"{seed} demonstrations")
@@ -418,14 +386,6 @@ def cached_warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
         loss.backward()
         optimizer.step()
     return policy
-
-
-def warm_start(task, seed: int) -> Policy:
-    """A policy after a short supervised phase on the task's demonstrations, half of them wrong.
-
-    Each call returns a copy of its own.
-    """
-    return copy.deepcopy(cached_warm_start(task, seed))
 
 
 # ---- 9. One rollout and the update on it
@@ -445,78 +405,56 @@ def collect(policy, task, config: Config, generator):
     return prompts, tokens, rewards
 
 
-def credit(tokens, rewards, duplicates: str):
-    """tokens (B,G,T), rewards (B,G) -> advantages, and which trajectories the loss counts, (B,G).
+def share_reward(tokens, rewards):
+    """Copies of a completion share their reward (IPS-GRPO, arXiv:2601.21669).
 
-    Beyond the paper: a right solution is pushed as often as it is sampled, so the likelier one gets
-    more. Under `once` only a completion's first copy counts (ours; nearest: arXiv:2601.08763),
-    under `share` copies share their reward (IPS-GRPO, arXiv:2601.21669). ValueError: another word
-    or shape.
+    Beyond the paper: a right answer is pushed as often as it is sampled, so the likelier gets more.
+    tokens (B,G,T), rewards (B,G) -> (B,G).
     """
-    require(duplicates in DUPLICATES, f"duplicates must be one of {DUPLICATES}; got {duplicates!r}")
-    check_shapes(rewards, tokens)
     same = (tokens[:, :, None] == tokens[:, None]).all(-1)  # (B,G,G): is completion i a copy of j?
-    counted = torch.ones_like(rewards, dtype=torch.bool)
-    if duplicates == "share":
-        rewards = rewards / same.sum(-1)
-    elif duplicates == "once":
-        counted = ~same.tril(-1).any(-1)  # it has no copy before it
-    return group_advantages(rewards, counted=counted), counted
+    return rewards / same.sum(-1)
 
 
-def update(policy, reference, optimizer, config: Config, prompts, tokens, rewards) -> dict:
+def update(policy, reference, optimizer, config: Config, prompts, tokens, rewards) -> float:
     """`inner_steps` full-batch gradient steps on one rollout.
 
-    Returns means over these steps, and as "net_push" the sum. ValueError: loss, gradient or a push
-    is not finite; the optimizer has then not stepped.
+    Returns the net push at the first `fork` tokens: mean over groups and tokens, summed over the
+    steps; nan at fork 0. FloatingPointError: loss or gradient is not finite; the optimizer has then
+    not stepped.
     """
     L = tokens.shape[2]
     longest = max(config.fork, int(completion_mask(tokens).sum(-1).max()))
     tokens = tokens[..., :longest]  # no need to compute what nobody has reached
     mask = completion_mask(tokens)  # (B,G,T)
 
-    A, counted = credit(tokens, rewards, config.duplicates)  # (B,G), (B,G)
-    scored = mask & counted[..., None]  # by the policy loss; the KL counts every completion
+    credited = share_reward(tokens, rewards) if config.duplicates == "share" else rewards
+    A = group_advantages(credited)  # (B,G)
     shared = shared_tokens(tokens)[:, None]  # (B,1,T)
     acts = {"all": torch.ones_like(shared), "shared": shared, "rest": ~shared}[config.at]
 
-    rows = distinct_rows(prompts, tokens)
-    parameters = list(policy.parameters())
     with torch.no_grad():
-        reference_logprobs = completion_logprobs(reference, *rows, longest)  # (B,G,T,V)
-    reward = rewards.mean().item()
+        reference_logprobs = completion_logprobs(reference, prompts, tokens)  # (B,G,T,V)
     total_push = 0.0
-    seen = []
 
     for inner in range(config.inner_steps):
-        every = completion_logprobs(policy, *rows, longest)  # (B,G,T,V)
+        every = completion_logprobs(policy, prompts, tokens)  # (B,G,T,V)
         logprobs = pick(every, tokens)  # (B,G,T)
         if inner == 0:
             old_logprobs = logprobs.detach()  # this is still the policy that sampled
-        w = effective_weights(config.loss, logprobs, old_logprobs, A, scored, config.clip_eps, L)
-        w = torch.where(acts, transform_weights(w, A, scored, config.transform), w)
+        w = effective_weights(config.loss, logprobs, old_logprobs, A, mask, config.clip_eps, L)
+        w = torch.where(acts, transform_weights(w, A, mask, config.transform), w)
 
         kl = (every.exp() * (every - reference_logprobs)).sum(-1)  # KL(π ‖ reference): (B,G,T)
         kl = ((kl * mask).sum(-1) / mask.sum(-1)).mean()  # over a trajectory's tokens, then all
         loss = policy_loss(logprobs, w, A) + config.kl * kl
         optimizer.zero_grad()
         loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        finite = math.isfinite(loss.item()) and math.isfinite(grad_norm)
-        require(finite, f"loss {loss.item():.3g}, gradient norm {grad_norm:.3g}")
+        gradient = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        if not (loss.isfinite() and gradient.isfinite()):
+            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {gradient:.3g}")
         optimizer.step()
-
-        total_push += net_push(w[..., : config.fork], A).mean().item()  # nan at fork 0
-        seen.append({"kl": kl.item(), "grad_norm": grad_norm, "reward": reward})
-    return means(seen) | {"net_push": total_push}
-
-
-def means(rows: list[dict]) -> dict:
-    """The mean of each number over rows."""
-    result = {}
-    for name in rows[0]:
-        result[name] = sum(row[name] for row in rows) / len(rows)
-    return result
+        total_push += net_push(w[..., : config.fork], A).mean().item()
+    return total_push
 
 
 # ---- 10. Exact measures, over every prompt and every right completion
@@ -540,7 +478,7 @@ def solution_logprobs(policy, task):
 
 
 def evaluate(policy, task, start) -> dict:
-    """Exact measures; `start`: a policy or its solution_logprobs. nan: no prompt has two solutions.
+    """Exact measures of a policy, beside that of the start. nan: no prompt has two solutions.
 
     accuracy          Σ_y π(y|x) over right y, mean over prompts
     solution_entropy  entropy of π(y | x, right) / log(number of right y): 1 even, 0 one left
@@ -548,12 +486,10 @@ def evaluate(policy, task, start) -> dict:
     """
     _, _, exists = solution_table(task)  # (B,S)
     n = exists.sum(1)  # solutions of each prompt; of one alone neither entropy nor drift: 0 / 0
-    if isinstance(start, nn.Module):
-        start = solution_logprobs(start, task)
     log_p = solution_logprobs(policy, task)
     log_q = log_p.log_softmax(1).masked_fill(~exists, 0.0)  # log π(y | x, right); not 0 · −inf
     entropy = -(log_q.exp() * log_q).sum(1) / n.log()
-    moved = (log_p - start).masked_fill(~exists, 0.0)
+    moved = (log_p - solution_logprobs(start, task)).masked_fill(~exists, 0.0)
     pairs = exists[:, :, None] & exists[:, None, :]  # (B,S,S), ordered; one with itself adds 0
     apart = (moved[:, :, None] - moved[:, None, :]).abs()
     drift = (apart * pairs).sum((1, 2)) / (n * (n - 1))
@@ -568,8 +504,7 @@ def evaluate(policy, task, start) -> dict:
 def opening_logprobs(policy, task, fork: int):
     """Log-probabilities at the right openings, 7+ and 5+ for 75= at fork 2: (B,S,max(fork,1),V)."""
     prompts, tokens, _ = solution_table(task)
-    openings = tokens[..., : max(fork, 1)]
-    return completion_logprobs(policy, *distinct_rows(prompts, openings), openings.shape[2])
+    return completion_logprobs(policy, prompts, tokens[..., : max(fork, 1)])
 
 
 def learning_tax(after, before, task) -> float:
@@ -584,159 +519,86 @@ def learning_tax(after, before, task) -> float:
     return ((kl * exists).sum(1) / exists.sum(1)).mean().item()
 
 
-def samples(policy, task, seed: int) -> str:
-    """What the policy says most often to three prompts, of 100 samples each."""
-    prompts = random.Random(seed).sample(task.prompts(), 3)
-    generator = named_generator(seed, "samples")
-    groups = sample_groups(policy, prompt_tokens(prompts), 100, 0, task.max_completion, generator)
+def answers(policy, start, task) -> str:
+    """The likeliest right answers to three prompts, with their probability: start → now."""
+    before = solution_logprobs(start, task).exp()
+    after = solution_logprobs(policy, task).exp()
     lines = []
-    for prompt, rows in zip(prompts, groups, strict=True):
-        said = []
-        for text, count in Counter(map(decode, rows)).most_common(3):
-            wrong = "" if task.reward(prompt, text) else " (wrong)"
-            said.append(f"{count} x {text}{wrong}")
-        lines.append(f"{prompt}  {',  '.join(said)}")
+    for b in range(0, len(before), -(-len(before) // 3)):
+        prompt = task.prompts()[b]
+        solutions = task.solutions(prompt)
+        cells = []
+        for s in after[b, : len(solutions)].argsort(descending=True)[:3]:
+            cells.append(f"{solutions[s]} {before[b, s]:4.0%} → {after[b, s]:4.0%}")
+        cells.append(f"wrong {1 - before[b].sum():4.0%} → {1 - after[b].sum():4.0%}")
+        lines.append(f"{prompt}  " + "   ".join(cells))
     return "\n".join(lines)
 
 
 # ---- 11. One training run: (configuration, seed) -> curves, the same bits every time
-@one_thread()
 def train(config: Config, seed: int, **bar) -> dict:
-    """Warm start, then `steps` rollouts with an update on each, with tqdm's options `bar`.
+    """Warm start, then `steps` rollouts with an update on each; `bar`: options of tqdm.
 
     Returns "curves", an evaluation at every step or at 40 to 80 of them, "final", means of the last
-    quarter (one point fluctuates), "samples", and what was trained: "config", "seed".
-    ValueError: the run has diverged.
+    quarter (one point fluctuates), "answers", and what was trained: "config", "seed".
+    FloatingPointError: the run has diverged.
     """
-    seed = operator.index(seed)  # numpy's integers, too
+    torch.set_num_threads(1)  # faster for so small a network, and the same bits on all cores
     task = TASKS[config.task]
-    reference = warm_start(task, seed)
-    policy = copy.deepcopy(reference)
+    start = warm_start(task, seed)  # also the reference of the KL
+    policy = copy.deepcopy(start)
     optimizer = adamw(policy, config.lr)
     generator = named_generator(seed, "sampling")
-    start = solution_logprobs(reference, task)
-    openings = opening_logprobs(reference, task, config.fork)
+    openings = opening_logprobs(policy, task, config.fork)
     tax = 0.0
     push = 0.0 if config.fork else math.nan
-    evaluated = {*range(0, config.steps, max(1, config.steps // 40)), config.steps}
+    every = max(1, config.steps // 40)  # rollouts between two evaluations
     rows = []
-    seen = []  # since the last evaluation
-    bar = {"unit": " rollouts", "leave": False, "disable": sys.stderr is None} | bar
-    for step in tqdm(range(config.steps + 1), **bar):
+    progress = tqdm(range(config.steps + 1), unit=" rollouts", leave=False, **bar)
+    for step in progress:
         if step > 0:
-            try:
-                rollout = collect(policy, task, config, generator)
-                seen.append(update(policy, reference, optimizer, config, *rollout))
-            except (ValueError, RuntimeError) as error:  # torch's own: it cannot sample from nan
-                raise ValueError(f"stopped at rollout {step}: {error}") from None
+            rollout = collect(policy, task, config, generator)
+            push += update(policy, start, optimizer, config, *rollout)
             before = openings
             openings = opening_logprobs(policy, task, config.fork)
             tax += learning_tax(openings, before, task)
-            push += seen[-1]["net_push"]
-        if step in evaluated:
-            row = means(seen) if seen else {}
-            row |= evaluate(policy, task, start) | {"learning_tax": tax, "net_push": push}
-            row = {name: float(f"{value:.6g}") for name, value in row.items()}
-            rows.append({"step": step} | row)
-            seen = []
+            if not math.isfinite(tax):  # the last inner step broke the policy
+                raise FloatingPointError(f"the policy is not finite after rollout {step}")
+        if step % every == 0 or step == config.steps:
+            row = evaluate(policy, task, start) | {"learning_tax": tax, "net_push": push}
+            rows.append({"step": step} | {name: float(f"{x:.6g}") for name, x in row.items()})
+            progress.set_postfix(accuracy=row["accuracy"])
+    last_quarter = [row for row in rows if row["step"] > 0.75 * config.steps]
     curves = {}
-    for name in rows[-1]:
-        curves[name] = [row.get(name, math.nan) for row in rows]
+    final = {}
+    for name in rows[0]:
+        curves[name] = [row[name] for row in rows]
+        final[name] = sum(row[name] for row in last_quarter) / len(last_quarter)
     return {
         "config": asdict(config),
         "seed": seed,
         "curves": curves,
-        "final": means([row for row in rows if row["step"] > 0.75 * config.steps]),
-        "samples": samples(policy, task, seed),
+        "final": final,
+        "answers": answers(policy, start, task),
     }
 
 
 # =================================================================================================
-# The paper ends here. What follows checks input, runs many of these side by side, and shows them.
+# The paper ends here. What follows runs many of these side by side, and shows them.
 # =================================================================================================
 
 
-# ---- 12. Checks
-def require(condition, message: str):
-    """Raise ValueError(message) unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def at_least_float32(x):
-    """bfloat16 rounds ratios to steps of .004 and more: a clip of 3e-4 would never act."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def as_bool(mask):
-    """A mask of 0 and 1 as bool. ValueError: others, as 0 and −inf, which mean the opposite."""
-    if mask.dtype != torch.bool:
-        require(bool(((mask == 0) | (mask == 1)).all()), "a mask must be bool, or of 0 and 1")
-    return mask.bool()
-
-
-def check_shapes(advantages, *per_token):
-    """ValueError unless advantages are (B,G), not empty, and all others (B,G,T)."""
-    got = [tuple(x.shape) for x in (advantages, *per_token)]
-    fine = len(set(got[1:])) == 1 and len(got[1]) == 3
-    fine = fine and got[0] == got[1][:2] and advantages.numel() > 0
-    require(fine, f"advantages must be (B,G), weights, mask and the like (B,G,T); got {got}")
-
-
-VALID = {  # a field's choices, or its least value
-    "task": tuple(TASKS),
-    "loss": LOSSES,
-    "transform": TRANSFORMS,
-    "at": PLACES,
-    "duplicates": DUPLICATES,
-    "fork": 0,
-    "group_size": 2,
-    "prompts": 1,
-    "inner_steps": 1,
-    "steps": 1,
-    "lr": 1e-9,
-    "max_grad_norm": 1e-9,
-    "kl": 0.0,
-    "clip_eps": 1e-9,
-}
-
-
-def check_config(config: Config):
-    """ValueError names a field that is out of range, and what it may be."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        valid = VALID[f.name]
-        if isinstance(valid, tuple):
-            wanted = f"one of {', '.join(valid)}"
-            fine = value in valid
-        else:
-            most = math.inf if f.name in ("max_grad_norm", "clip_eps") else 1e9
-            wanted = f"{type(valid).__name__}, {valid:g} to {most:g}"
-            fine = type(value) in (int, type(valid)) and valid <= value <= most
-            fine = fine or (value is None and f.default is None)
-        require(fine, f"{f.name} must be {wanted}; got {value!r}")
-    longest = TASKS[config.task].max_completion - 1
-    require((config.fork or 0) <= longest, f"fork must be at most {longest} for {config.task}")
-    require(config.clip_eps is None or config.loss in CLIPS, f"clip_eps: {config.loss} has no clip")
-
-
-# ---- 13. Many runs, side by side; a finished run is its file
-HERE = Path(__file__).resolve().parent  # also where this file is called through a link
-
-
-@functools.cache
-def code_version() -> str:
-    """The code, without its comments and layout."""
-    texts = [(HERE / name).read_bytes() for name in ("tokrl.py", "toy_tasks.py")]
-    return "".join(ast.dump(ast.parse(text)) for text in texts)
+# ---- 12. Many runs, side by side; a finished run is its file
+HERE = Path(__file__).resolve()
+CODE = [HERE.read_bytes(), HERE.with_name("toy_tasks.py").read_bytes()]
+CORES = torch.get_num_threads()  # those that this process may use; train sets it to one
 
 
 def run_path(out: Path, config: Config, seed: int) -> Path:
     """The file of one run. An edit of the code, or another torch, is another run."""
-    key = repr((config, seed, torch.__version__, code_version())).encode()
-    kind = config.transform if config.at == "all" else f"{config.transform}-at-{config.at}"
-    name = f"{config.task}-{config.loss}-{kind}-seed{seed}-{hashlib.sha256(key).hexdigest()[:10]}"
-    return out / f"{name}.json"
+    key = hashlib.sha256(repr((config, seed, torch.__version__, CODE)).encode()).hexdigest()
+    words = f"{config.task}-{config.loss}-{config.transform}-{config.at}"
+    return out / f"{words}-seed{seed}-{key[:10]}.json"
 
 
 def save_run(path: Path, run: dict):
@@ -747,109 +609,53 @@ def save_run(path: Path, run: dict):
         part.write_text(json.dumps(plain) + "\n")
         part.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # half of it, where the disk is full
 
 
-def load_run(path: Path) -> dict | None:
-    """A finished run, None if there is none. ValueError: the file is damaged, or something else."""
-    if not path.exists():
-        return None
-    try:
-        run = json.loads(path.read_text())
-        rows = [[*run["curves"][name], run["final"][name]] for name in MEASURES]
-        np.array([[*run["curves"]["step"], 0.0], *rows], dtype=float)  # numbers, as many in each
-        require(run["config"]["at"] in PLACES and isinstance(run["samples"], str), "")
-    except (ValueError, TypeError, LookupError):
-        raise ValueError(f"{path} is not a finished run: delete it to train it again") from None
-    return run
-
-
-def available_cores() -> int:
-    """How many workers to start: one for each core that this process may use, at most 61."""
-    if hasattr(os, "sched_getaffinity"):  # taskset, containers
-        return min(len(os.sched_getaffinity(0)), 61)
-    return min(os.cpu_count() or 1, 61)
-
-
-def work():
-    """What one worker does: the runs on its standard input; a line of output for each failure."""
-    sys.stdout = sys.stderr  # what you print in train is seen at once, and is not taken for one
-    text = sys.stdin.readline()
-    if not text.endswith("\n"):  # the parent has ended meanwhile
-        return
-    line, jobs = json.loads(text)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    for name, config, seed, path in jobs:
+def work(worker: int, jobs: list, count: int, out: Path):
+    """What one of `count` processes does: every count-th run, its bar on a line of its own."""
+    for label, config, seed in jobs[worker::count]:
+        name = f"{label}, seed {seed}"
         try:
-            save_run(Path(path), train(Config(**config), seed, desc=name, position=line))
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:  # the other runs go on
-            reason = str(error) or repr(error)
-            os.write(1, f"{name}: {reason.splitlines()[0]}\n".encode(errors="replace"))
-
-
-def end_with_parent():
-    """Standard input ends when the parent does: a worker must not go on alone."""
-    os.read(0, 1)
-    os._exit(1)
-
-
-def start_worker(line: int, jobs: list) -> subprocess.Popen:
-    """A fresh Python: from which script, thread or notebook we are called makes no difference."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-c", "import tokrl; tokrl.work()"]
-    # a session of its own: Ctrl-C is for the parent, a worker would print a traceback
-    worker = subprocess.Popen(command, cwd=HERE, start_new_session=True, **pipes)
-    with contextlib.suppress(BrokenPipeError):  # it is dead already: train_missing says so
-        worker.stdin.write(json.dumps([line, jobs]).encode() + b"\n")
-        worker.stdin.flush()
-    return worker
+            run = train(config, seed, desc=name, position=worker)
+            save_run(run_path(out, config, seed), run)  # named for the code that this process runs
+        except FloatingPointError as error:  # it has diverged; the other runs go on
+            tqdm.write(f"{name}: {error}", file=sys.stderr)
 
 
 def train_missing(arms: dict, seeds: list, out: Path):
-    """Train those runs of {label: Config} that OUT does not have; one line for each that fails."""
+    """Train those runs of {label: Config} that OUT does not have, on all cores."""
     jobs = []
     for seed in seeds:
         for label, config in arms.items():
-            path = run_path(out.resolve(), config, seed)
-            if load_run(path) is None:
-                jobs.append((f"{label}, seed {seed}", asdict(config), seed, str(path)))
+            if not run_path(out, config, seed).exists():
+                jobs.append((label, config, seed))
     kept = len(arms) * len(seeds) - len(jobs)
     print(f"{len(jobs)} runs to train, {kept} kept from before", flush=True)
-    count = min(len(jobs), available_cores())
-    workers = []
-    failures = []
+    if not jobs:
+        return
+    count = min(len(jobs), CORES)
+    workers = torch.multiprocessing.spawn(work, (jobs, count, out), count, join=False)
     try:
-        for line in range(count):
-            workers.append(start_worker(line, jobs[line::count]))
-        for worker in workers:
-            failures += worker.stdout.read().decode().splitlines()  # waits until it ends
-            if worker.wait() != 0:
-                failures.append("a worker died: killed, or out of memory")
-    finally:  # Ctrl-C
-        for worker in workers:
-            worker.kill()
-    if failures:  # not before, and on a new line, as there were bars on the screen
-        print("\n" + "\n".join(failures), file=sys.stderr)
+        while not workers.join():  # an error in one ends all, and is raised here
+            pass
+    finally:  # also at Ctrl-C
+        for process in workers.processes:
+            process.kill()
 
 
 def finished_arms(arms: dict, seeds: list, out: Path) -> dict:
     """{label: Config} -> {label: its runs}, of those that OUT has for every seed."""
     finished = {}
     for label, config in arms.items():
-        runs = [load_run(run_path(out, config, seed)) for seed in seeds]
-        if all(runs):
-            finished[label] = runs
+        paths = [run_path(out, config, seed) for seed in seeds]
+        if all(path.exists() for path in paths):
+            finished[label] = [json.loads(path.read_text()) for path in paths]
     return finished
 
 
-# ---- 14. The figure of the three failure modes, a table, the command line
-ARMS = {  # the word on the command line and in figures: transform, colour
-    "off": ("off", "#D55E00"),
-    "on": ("min", "#0072B2"),
-    "orth": ("orth", "#009E73"),
-    "mean": ("mean", "#CC79A7"),
-    "shrink": ("shrink", "#56B4E9"),
-}
+# ---- 13. The figure of the three failure modes, a table, the command line
+COLOURS = {"off": "#D55E00", "min": "#0072B2", "orth": "#009E73"}
 LINES = {"all": "-", "shared": "--", "rest": ":"}
 MEASURES = {
     "net_push": "net push, what does not\ncancel (lower is better)",
@@ -860,43 +666,40 @@ MEASURES = {
 }
 
 
-def all_arms(**options) -> dict[str, Config]:
-    """{"off": Config, "on": Config, "on at shared": Config, ...} of one configuration."""
+def arms_of(transforms, places, **options) -> dict[str, Config]:
+    """{"off": Config, "on": Config, "on at shared": Config, ...}, all under the same options."""
     arms = {}
-    for word, (kind, _) in ARMS.items():
-        for place in PLACES:
-            config = Config(transform=kind, at=place, **options)
+    for transform in transforms:
+        for place in places:
+            config = Config(transform=transform, at=place, **options)
+            word = "on" if transform == "min" else transform
             arms[word if config.at == "all" else f"{word} at {place}"] = config
     return arms
 
 
 def draw_failure_modes(arms: dict, path: Path):
     """The failure modes over training, and accuracy: mean over seeds, band from low to high."""
-    if "inline" in os.environ.get("MPLBACKEND", "") and find_spec("matplotlib_inline") is None:
-        del os.environ["MPLBACKEND"]  # a notebook's, and this Python cannot even import with it
     import matplotlib.figure  # slow to load, and the workers do without it
 
-    settings = {key: x for key, x in matplotlib.rcParamsDefault.items() if key != "backend"}
-    with matplotlib.rc_context(settings):  # the user's, such as usetex, may not work here
-        figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
-        panels = figure.subplots(2, 3).flatten()
-        for panel, measure in zip(panels[:5], MEASURES, strict=True):
-            for label, runs in arms.items():
-                _, colour = ARMS[label.split()[0]]
-                line = LINES[runs[0]["config"]["at"]]
-                steps = runs[0]["curves"]["step"]
-                rows = np.array([run["curves"][measure] for run in runs], dtype=float)
-                panel.plot(steps, rows.mean(0), line, color=colour, label=label)
-                panel.fill_between(steps, rows.min(0), rows.max(0), color=colour, alpha=0.2, lw=0)
-            panel.set_title(MEASURES[measure], fontsize=11)
-            panel.set_xlabel("rollouts")
-            panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])
-            panel.spines[["top", "right"]].set_visible(False)
-        title = "mean over seeds, and range" if len(runs) > 1 else "one seed"
-        handles, labels = panels[0].get_legend_handles_labels()
-        panels[5].legend(handles, labels, loc="center", title=title, ncols=1 + len(arms) // 9)
-        panels[5].axis("off")
-        figure.savefig(path, format="png")
+    figure = matplotlib.figure.Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 3).flatten()
+    for panel, measure in zip(panels[:5], MEASURES, strict=True):
+        for label, runs in arms.items():
+            colour = COLOURS[runs[0]["config"]["transform"]]
+            line = LINES[runs[0]["config"]["at"]]
+            steps = runs[0]["curves"]["step"]
+            rows = np.array([run["curves"][measure] for run in runs], dtype=float)
+            panel.plot(steps, rows.mean(0), line, color=colour, label=label)
+            panel.fill_between(steps, rows.min(0), rows.max(0), color=colour, alpha=0.2, lw=0)
+        panel.set_title(MEASURES[measure], fontsize=11)
+        panel.set_xlabel("rollouts")
+        panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    title = "mean over seeds, and range" if len(runs) > 1 else f"seed {runs[0]['seed']}"
+    panels[5].legend(handles, labels, loc="center", title=title)
+    panels[5].axis("off")
+    figure.savefig(path)
 
 
 def table(arms: dict) -> str:
@@ -907,85 +710,73 @@ def table(arms: dict) -> str:
         cells = [f"{label:{width}}"]
         for name in MEASURES:
             finals = np.array([run["final"][name] for run in runs], dtype=float)
-            cells.append(f"{finals.mean():{len(name)}.2f}".replace("nan", "  –"))
+            cells.append(f"{finals.mean():{len(name)}.2f}")
         lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
 def seed_range(text: str) -> list[int]:
-    """'3' -> [3]; '0-7' -> [0, ..., 7]; at most a thousand. ValueError: anything else."""
-    first, dash, last = text.partition("-")
-    if not dash:
-        last = first
-    fine = first.isdecimal() and last.isdecimal() and 0 <= int(last) - int(first) < 1000
-    require(fine, f"seeds must be N or A-B, at most a thousand; got {text!r}")
-    return list(range(int(first), int(last) + 1))
+    """'3' -> [3]; '0-7' -> [0, ..., 7]. ValueError: neither."""
+    first, _, last = text.partition("-")
+    seeds = list(range(int(first), int(last or first) + 1))
+    if not seeds:
+        raise ValueError(f"no seeds in {text}")
+    return seeds
 
 
 def command_line() -> ArgumentParser:
-    """Every field of Config is an option, explained by its comment; the seeds, and the folder."""
-    about = "Train, measure and draw; see README.md. --transform on is min; both is off, and on."
-    parser = ArgumentParser("tokrl.py", description=about)
-    parser.error = functools.partial(require, False)  # one line, as for all bad input; no usage
-    comments = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    """Every field of Config is an option; the seeds, and the folder."""
+    usage = "python tokrl.py [--option value ...]"
+    parser = ArgumentParser(usage=usage, formatter_class=ArgumentDefaultsHelpFormatter)
     for f in fields(Config):
-        valid = (*ARMS, "min", "both") if f.name == "transform" else VALID[f.name]
-        choices = valid if isinstance(valid, tuple) else None
-        kind = str if choices else type(valid)
         name = "--" + f.name.replace("_", "-")
-        text = f"{comments[f.name]} (default %(default)s)"
-        parser.add_argument(name, type=kind, choices=choices, default=f.default, help=text)
+        choices = f.metadata["choices"]
+        if f.name == "transform":
+            choices = ("both", "on", *choices)
+        text = f.metadata["text"]
+        parser.add_argument(name, type=f.type, choices=choices, default=f.default, help=text)
     parser.set_defaults(transform="both")
-    parser.add_argument("--seeds", default="0", help="N or A-B (default 0)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default runs)")
+    parser.add_argument("--seeds", type=seed_range, default="0", help="N or A-B")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of runs and figure")
     return parser
 
 
-def train_and_show(transform: str, at: str, seeds: str, out: Path, **options) -> int:
-    """Train what is missing, print and draw every finished arm of this configuration."""
-    seeds = seed_range(seeds)
-    arms = all_arms(**options)
-    words = {"both": ("off", "on"), "min": ("on",)}.get(transform, (transform,))
-    chosen = [Config(transform=ARMS[word][0], at=at, **options) for word in words]
-    wanted = {label: config for label, config in arms.items() if config in chosen}
-    require(out.is_dir() or not out.exists(), f"--out must be a folder; {out} is a file")
-    out.mkdir(parents=True, exist_ok=True)
-    picture = out / "failure-modes.png"
-    ours = not picture.exists() or any(out.glob("*-seed*.json"))
-    require(ours, f"{picture} is not of runs in this folder: delete it, or choose another --out")
-    finished_arms(arms, seeds, out)  # names a damaged file before anything is trained
-
-    train_missing(wanted, seeds, out)
-    finished = finished_arms(arms, seeds, out)
-    missing = [label for label in wanted if label not in finished]
-    if missing:
-        print(f"Not finished: {', '.join(missing)}. The same command retries.", file=sys.stderr)
-    if finished:
-        try:
-            for label, runs in finished.items():
-                print(f"\n{label}, 100 samples:\n{runs[0]['samples']}")
-            print(f"\n{table(finished)}\n\nFigure: {picture}", flush=True)
-        finally:  # also where "| head" has read enough
-            draw_failure_modes(finished, picture)
-    return 1 if missing else 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, 1 where a run failed, 2 with one line for bad input, 130 after Ctrl-C."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a console without "±" shows a "?"
+    """Train what is missing, print and draw every finished arm. Returns the exit status."""
+    parser = command_line()
+    options = vars(parser.parse_args(argv))
+    seeds = options.pop("seeds")
+    out = options.pop("out")
+    word = options.pop("transform")
+    place = options.pop("at")
+    chosen = {"both": ("off", "min"), "on": ("min",)}.get(word, (word,))
     try:
-        return train_and_show(**vars(command_line().parse_args(argv)))
-    except BrokenPipeError:  # "| head": else Python complains at its end, too
-        sys.stdout = None
-        return 1
+        wanted = arms_of(chosen, [place], **options)
+        out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        print(f"tokrl.py: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
+    if not os.access(out, os.W_OK):
+        parser.error(f"the folder {out} cannot be written")
+
+    try:
+        train_missing(wanted, seeds, out)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues with what is missing.", file=sys.stderr)
         return 130
 
+    finished = finished_arms(arms_of(TRANSFORMS, PLACES, **options), seeds, out)
+    if finished:
+        for name, runs in finished.items():
+            print(f"\n{name}, seed {seeds[0]}:\n{runs[0]['answers']}")
+        picture = out / "failure-modes.png"
+        draw_failure_modes(finished, picture)
+        print(f"\n{table(finished)}\n\nFigure: {picture}")
+    missing = [name for name in wanted if name not in finished]
+    if missing:
+        print(f"Not finished: {', '.join(missing)}. The same command retries.", file=sys.stderr)
+    return 1 if missing else 0
+
 
 if __name__ == "__main__":
+    os.environ["MPLBACKEND"] = "agg"  # we draw into a file, whatever a notebook has set
     sys.exit(main())

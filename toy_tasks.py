@@ -1,4 +1,4 @@
-"""Four synthetic arithmetic tasks, small enough to enumerate every prompt and right completion.
+"""Five synthetic arithmetic tasks, small enough to enumerate every prompt and right completion.
 
 Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exactly.
 
@@ -7,6 +7,8 @@ Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exac
     split    12=       3+9  9+3  1+2+9 ...    a sum that gives 12: many right solutions, two lengths
     chain    3+4+2=    7+2=9  3+6=9           a scratchpad: some tokens matter more than others
     add      7+5=      12                     one right answer, so nothing can drift
+    habit    75=       7+5=12  5+7=12         as commute, but the start has a favourite: the larger
+                                              digit comes first nine times in ten
 
 A character is a token. A completion is right when it is one of the prompt's solutions *and* was
 ended by EOS: text that never ends has `max_completion` characters, more than any solution, so
@@ -48,6 +50,7 @@ class Task:
     fork: int  # how many opening tokens a group shares by default
     max_completion: int  # tokens sampled per completion; exceeds the longest solution plus EOS
     table: dict[str, tuple[str, ...]]
+    favourite: float | None = None  # how often a demonstration is the first solution; None: evenly
 
     def prompts(self) -> list[str]:
         """Every prompt; all have one length."""
@@ -65,12 +68,19 @@ class Task:
         return float(completion in self.table.get(prompt, ()))
 
     def demonstration(self, prompt: str, rng: random.Random) -> str:
-        """A solution drawn uniformly; half of the time with the answer of another prompt.
+        """A solution, drawn evenly or as `favourite` says; half of the time with a wrong answer.
 
         This stands in for the data of a base model that has seen the form of the task but not
-        mastered it; the answer is what follows '='. ValueError: no other prompt has another answer.
+        mastered it; the answer is what follows '='. A wrong one is that of another prompt.
+        ValueError: there is none.
         """
-        solution = rng.choice(self.solutions(prompt))
+        solutions = self.solutions(prompt)
+        if self.favourite is None:
+            solution = rng.choice(solutions)
+        elif rng.random() < self.favourite:
+            solution = solutions[0]
+        else:
+            solution = rng.choice(solutions[1:])
         if rng.random() < 0.5:
             return solution
         opening, equals, _ = solution.rpartition("=")
@@ -126,4 +136,17 @@ def add() -> Task:
     return Task("add", fork=1, max_completion=4, table=table)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (commute(), split(), chain(), add())}
+def habit() -> Task:
+    """Prompts and solutions of commute, with a favourite; a group shares what it shares by chance.
+
+    It stands for a language model, which prefers one of the right answers to begin with, and whose
+    samples are independent: they share an opening because all of them chose it.
+    """
+    table = {}
+    for prompt, solutions in commute().table.items():
+        table[prompt] = tuple(sorted(solutions, reverse=True))  # 7+5=12 before 5+7=12
+    return Task("habit", fork=0, max_completion=8, table=table, favourite=0.9)
+
+
+EVERY = (commute(), split(), chain(), add(), habit())
+TASKS: dict[str, Task] = {task.name: task for task in EVERY}
