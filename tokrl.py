@@ -25,7 +25,7 @@ Where this program departs from the paper:
  1. The policy has 0.1 million parameters and the tasks can be enumerated: all measures are exact.
  2. A group shares its first `fork` tokens because they are sampled once for all of it, as in tree
     rollouts. A language model's group shares an opening because all of it chose the same one: for
-    that, `--task habit`, or `--fork 0` with another task. There the remedy does little.
+    that, `--task habit`, or `--fork 0` with another task. There the remedy does little or nothing.
  3. The paper's method, DFPO, is taken to be `--loss seq --transform on`, as summaries describe it.
  4. Ours: `--at` limits a transform to shared tokens or to the rest, the loss `prefix` cancels
     without a transform (its ratio is CTPO's), `--duplicates share` lets copies share a reward.
@@ -52,6 +52,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 from tqdm import tqdm
 
 from toy_tasks import EOS, PAD, TASKS, VOCAB, decode, encode
@@ -635,10 +636,12 @@ def train_missing(arms: dict, seeds: list, out: Path):
     if not jobs:
         return
     count = min(len(jobs), CORES)
-    workers = torch.multiprocessing.spawn(work, (jobs, count, out), count, join=False)
+    workers = spawn(work, (jobs, count, out), count, join=False)
     try:
-        while not workers.join():  # an error in one ends all, and is raised here
+        while not workers.join():
             pass
+    except (ProcessRaisedException, ProcessExitedException) as error:  # in one of them: it ends all
+        print(error, file=sys.stderr)  # with the traceback, or the signal that killed it
     finally:  # also at Ctrl-C
         for process in workers.processes:
             process.kill()
@@ -779,4 +782,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     os.environ["MPLBACKEND"] = "agg"  # we draw into a file, whatever a notebook has set
+    sys.stdout.reconfigure(errors="replace")  # a console without "→" shows "?"
     sys.exit(main())

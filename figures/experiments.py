@@ -1,7 +1,7 @@
 """The evidence: experiments of many runs, with their tables and figures.
 
     python -m figures.experiments ablation    train what is missing, then table and figure
-    python -m figures.experiments all         every experiment: some hours on two cores
+    python -m figures.experiments all         every experiment: about two hours on two cores
     python -m figures.experiments --plot      tables and figures again, without training
 
 From the project's root. Runs are kept in RUNS as those of tokrl.py are, and shared by experiments
@@ -10,21 +10,19 @@ OUT/NAME.png and the tables, which go into OUT/README.md (written by people) bet
 NAME.
 """
 
-import copy
 import json
 import math
 import sys
 from argparse import ArgumentParser
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
 
 import tokrl
-from tokrl import ARMS, MEASURES, Config, require
-from toy_tasks import TASKS, decode
+from figures import groups
+from tokrl import COLOURS, LOSSES, MEASURES, Config
 
 HERE = Path(__file__).resolve().parent
 SEEDS = list(range(8))
@@ -36,12 +34,13 @@ class Experiment:
     """A question, and the arms that answer it.
 
     Each arm is compared with `off` under the same settings, and beside these the pairs `also`; all
-    of them are one family for Holm's correction.
+    of them are one family for Holm's correction. The page shows the answers of the arms `answers`.
     """
 
     question: str
     arms: dict[str, Config]
     also: tuple = ()
+    answers: tuple = ()
 
     def pairs(self) -> list[tuple[str, str]]:
         """(label, label) of all comparisons."""
@@ -61,7 +60,8 @@ def arms(words: list[str], *every: dict) -> dict[str, Config]:
         names = [x if isinstance(x, str) else f"{key}={x:g}" for key, x in settings.items()]
         for word in words:
             transform, _, place = word.partition(" at ")
-            config = Config(transform=ARMS[transform][0], at=place or "all", **settings)
+            kind = "min" if transform == "on" else transform
+            config = Config(transform=kind, at=place or "all", **settings)
             found[" ".join([word, *names])] = config
     return found
 
@@ -74,27 +74,42 @@ def several(key: str, values) -> list[dict]:
 OFF = ["off"]
 OFF_ON = ["off", "on"]
 PLACES = ["off", "on", "on at shared", "on at rest"]
-EVERY = [
-    *PLACES,
-    *["mean", "mean at rest", "orth", "orth at rest"],
-    *["shrink", "shrink at shared", "shrink at rest"],
-]
-LOSSES = ["reinforce", "grpo", "dr_grpo", "dapo", "grpo_sym", "cispo", "gspo", "seq", "prefix"]
-NOTHING_SHARED = [
-    {"fork": 0},
-    {"fork": 0, "duplicates": "once"},
-    {"fork": 0, "duplicates": "share"},
-]
+HABIT = {"task": "habit"}
+SHARE = {"duplicates": "share"}
 EXPERIMENTS = {
     "failure-modes": Experiment(
         "Does the paper's method stop the three failure modes?",
         arms(["off", "on", "orth"], {}),
+        answers=("off", "on", "orth"),
     ),
     "ablation": Experiment(
-        "What does it: cancellation at the shared tokens, smaller weights, or something else?",
-        arms(EVERY, {}) | arms(PLACES, {"loss": "gspo"}),
-        also=(("on", "on at shared"), ("on gspo", "on at shared gspo")),
+        "What does it: cancellation at the shared tokens, or something else?",
+        arms([*PLACES, "orth", "orth at shared", "orth at rest"], {})
+        | arms(PLACES, {"loss": "gspo"}),
+        also=(
+            ("on", "on at shared"),
+            ("on at shared", "orth at shared"),
+            ("on gspo", "on at shared gspo"),
+        ),
     ),
+    "chance": Experiment(
+        "What is left where groups share an opening by chance, as a language model's do?",
+        arms([*PLACES, "orth"], {"fork": 0})
+        | arms(OFF, {"fork": 0, "loss": "prefix"})
+        | arms(OFF_ON, {"fork": 0} | SHARE)
+        | arms(["off", "on", "on at shared"], HABIT)
+        | arms(OFF, HABIT | {"loss": "prefix"})
+        | arms(OFF_ON, HABIT | SHARE)
+        | arms(OFF_ON, HABIT | {"fork": 2}),
+        also=(
+            ("off fork=0", "off fork=0 prefix"),
+            ("off fork=0", "off fork=0 share"),
+            ("off habit", "off habit prefix"),
+            ("off habit", "off habit share"),
+        ),
+        answers=("off habit", "on habit", "off habit share"),
+    ),
+    "sharing": Experiment("How much of a gradient comes from shared tokens?", {}),
     "price": Experiment(
         "Why does accuracy suffer on some tasks?",
         arms(PLACES, {"task": "add"})
@@ -104,44 +119,40 @@ EXPERIMENTS = {
     ),
     "tasks": Experiment(
         "Does it hold elsewhere, and does a loss that cancels by itself do as well?",
-        arms(OFF_ON, *several("task", TASKS))
-        | arms(["on at shared"], {"task": "chain"})
-        | arms(OFF, *[{"loss": "prefix", "task": task} for task in TASKS]),
-        also=[(f"off {task}", f"off prefix {task}") for task in TASKS]
-        + [("on chain", "on at shared chain")],
+        arms(["off", "on"], *several("task", ["commute", "split", "chain", "add"]))
+        | arms(["on at shared", "on at rest"], {"task": "chain"})
+        | arms(OFF, *[{"loss": "prefix", "task": x} for x in ("commute", "split", "chain", "add")]),
+        also=(
+            *[(f"off {x}", f"off prefix {x}") for x in ("commute", "split", "chain", "add")],
+            ("on chain", "on at shared chain"),
+        ),
     ),
     "long": Experiment(
         "Does it only delay? 1,200 rollouts in place of 400",
-        arms(OFF_ON, *[{"task": task, "steps": 1200} for task in ("commute", "add", "split")]),
-    ),
-    "control": Experiment(
-        "Nothing is shared (fork 0): what is left, and what helps there?",
-        arms(OFF_ON, *NOTHING_SHARED)
-        | arms(["orth"], {"fork": 0})
-        | arms(OFF, {"fork": 0, "loss": "prefix"}),
-        also=[("off fork=0", f"off fork=0 {other}") for other in ("once", "share", "prefix")],
+        arms(OFF_ON, *[{"task": task, "steps": 1200} for task in ("commute", "add", "split")])
+        | arms(OFF_ON, {"steps": 1200, "kl": 0.0}),
     ),
     "losses": Experiment(
         "Which losses drift, and is DFPO (on seq) better than they are?",
         arms(OFF, *several("loss", LOSSES))
         | arms(["on"], *several("loss", ["seq", "gspo", "grpo"]))
         | arms(OFF, *[{"loss": "gspo", "clip_eps": eps} for eps in (0.02, math.inf)]),
-        also=[(f"off {loss}", "on seq") for loss in LOSSES if loss != "seq"],
+        also=tuple((f"off {loss}", "on seq") for loss in LOSSES if loss != "seq"),
     ),
     "frontier": Experiment(
         "Is it only slower learning? And where training is rough?",
         arms(OFF_ON, *several("lr", [3e-5, 1e-4, 3e-4])),
-        also=[("off lr=3e-05", "on lr=0.0001")],
+        also=(("off lr=3e-05", "on lr=0.0001"),),
     ),
     "sensitivity": Experiment(
         "Does the headline hang on our choices?",
-        arms(
-            OFF_ON,
-            *several("inner_steps", [1, 2, 4, 8]),
-            *several("max_grad_norm", [0.15, math.inf]),
-            {"kl": 0.0},
+        arms(OFF_ON, *several("inner_steps", [1, 2, 4, 8]))
+        | arms(OFF, {"inner_steps": 2, "steps": 1600})
+        | arms(OFF_ON, *several("max_grad_norm", [0.15, math.inf]), {"kl": 0.0}),
+        also=(
+            ("off inner_steps=2", "on inner_steps=8"),
+            ("off inner_steps=2 steps=1600", "on inner_steps=8"),
         ),
-        also=[("off inner_steps=2", "on inner_steps=8")],
     ),
     "group-size": Experiment(
         "The gap over G = 2 to 16, with 64 trajectories a rollout",
@@ -151,56 +162,31 @@ EXPERIMENTS = {
 }
 
 
+# ---- 2. Recording
 def record(name: str, seeds: list, runs: Path, out: Path):
-    """Train what is missing and gather it in OUT/NAME.json."""
+    """Train what is missing and gather it in OUT/NAME.json. ValueError: a run failed."""
     result = {"experiment": name, "seeds": seeds}
     if name == "mechanism":
-        result |= mechanism(Config(), seeds[0])
+        result |= groups.record_mechanism(seeds)
+    elif name == "sharing":
+        result |= groups.record_sharing(seeds)
     else:
         configs = EXPERIMENTS[name].arms
         tokrl.train_missing(configs, seeds, runs)
         result["arms"] = tokrl.finished_arms(configs, seeds, runs)
         missing = configs.keys() - result["arms"].keys()
-        require(not missing, f"{name}: runs are missing of {', '.join(sorted(missing))}")
+        if missing:
+            raise ValueError(f"{name}: runs are missing of {', '.join(sorted(missing))}")
     (out / f"{name}.json").write_text(json.dumps(result) + "\n")
 
 
-def mechanism(config: Config, seed: int) -> dict:
-    """The group of a first rollout that breaks Eq. 2 most, and its weights after the inner steps.
-
-    Weights times L, which under `seq` is the product of a completion's ratios.
-    """
-    task = TASKS[config.task]
-    start = tokrl.warm_start(task, seed)
-    policy = copy.deepcopy(start)
-    generator = tokrl.named_generator(seed, "sampling")
-    prompts, tokens, rewards = tokrl.collect(policy, task, config, generator)
-    optimizer = tokrl.adamw(policy, config.lr)
-    tokrl.update(policy, start, optimizer, config, prompts, tokens, rewards)
-    logprobs = tokrl.token_logprobs(policy, prompts, tokens)
-    old_logprobs = tokrl.token_logprobs(start, prompts, tokens)
-    A = tokrl.group_advantages(rewards)
-    mask = tokrl.completion_mask(tokens)
-    w = tokrl.effective_weights(config.loss, logprobs, old_logprobs, A, mask, max_length=1)
-    worst = tokrl.net_push(w, A)[:, 0].argmax()
-    weights = {}
-    for word, (kind, _) in ARMS.items():
-        transformed = tokrl.transform_weights(w, A, mask, kind)
-        weights[word] = transformed[worst, :, 0].tolist()
-    return {
-        "prompt": decode(prompts[worst]),
-        "completions": [decode(row) for row in tokens[worst]],
-        "advantages": A[worst].tolist(),
-        "weights": weights,
-    }
-
-
-# ---- 2. Statistics
+# ---- 3. Statistics
 def t_distribution(n: int):
     """Points x and P(t < x) for n − 1 degrees of freedom: x = √ν tan θ has density cos^(ν−1) θ."""
-    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)[1:-1]
-    below = np.cumsum(np.cos(theta) ** (n - 2))
-    return math.sqrt(n - 1) * np.tan(theta), below / below[-1]
+    theta = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    middle = (theta[1:] + theta[:-1]) / 2
+    below = np.cumsum(np.cos(middle) ** (n - 2))
+    return math.sqrt(n - 1) * np.tan(theta[1:-1]), below[:-1] / below[-1]
 
 
 def t_interval(values):
@@ -225,7 +211,7 @@ def holm(p_values, level: float = 0.05):
     return survive
 
 
-# ---- 3. Tables
+# ---- 4. Tables
 HEADS = {
     "solution_drift": "drift",
     "solution_entropy": "entropy",
@@ -241,8 +227,8 @@ def final(found: dict, label: str, measure: str):
 
 
 def number(x: float, measure: str, sign: str = "") -> str:
-    """Three digits for accuracy, two for the rest."""
-    return f"{x:{sign}.{3 if measure == 'accuracy' else 2}f}"
+    """Three digits for accuracy and entropy, two for the rest."""
+    return f"{x:{sign}.{3 if measure in ('accuracy', 'solution_entropy') else 2}f}"
 
 
 def markdown(columns: dict[str, list]) -> str:
@@ -301,16 +287,18 @@ def report(result: dict) -> str:
     experiment = EXPERIMENTS[name]
     image = f"![{experiment.question}]({name}.png)"
     parts = [f"`python -m figures.experiments {name}`", image]
-    if name == "mechanism":
+    if name == "sharing":
+        parts.append(markdown(groups.sharing_columns(result)))
+    if "arms" not in result:
         return "\n\n".join(parts)
     found = result["arms"]
     parts.append(short_table(found))
+    for label in experiment.answers:
+        run = found[label][0]
+        parts.append(f"{label}, seed {run['seed']}:\n\n```\n{run['answers']}\n```")
     if len(result["seeds"]) > 1:
         parts.append("<details><summary>Spread over seeds, and differences by seed</summary>")
         parts += [spread_table(found), pairs_table(found, experiment.pairs()), "</details>"]
-    if name == "failure-modes":
-        for label, runs in found.items():
-            parts.append(f"{label}, seed 0, 100 samples:\n\n```\n{runs[0]['samples']}\n```")
     return "\n\n".join(parts)
 
 
@@ -318,29 +306,36 @@ def insert(page: str, name: str, text: str) -> str:
     """The page with `text` between its marks of NAME."""
     first = f"<!-- {name} -->\n"
     last = f"<!-- end of {name} -->\n"
-    require(page.count(first) == page.count(last) == 1, f"README.md lacks the marks of {name}")
+    if not page.count(first) == page.count(last) == 1:
+        raise ValueError(f"README.md lacks the marks of {name}")
     before, _, rest = page.partition(first)
     _, _, after = rest.partition(last)
     return f"{before}{first}\n{text}\n\n{last}{after}"
 
 
-# ---- 4. Figures
+# ---- 5. Figures
 def plain(panel, title: str):
     """A title, and no more lines than needed."""
     panel.set_title(title, fontsize=11)
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def colour_of(runs: list) -> str:
+    """That of the transform of an arm."""
+    return COLOURS[runs[0]["config"]["transform"]]
+
+
 def draw_measure(panel, found: dict, measure: str):
     """A row per arm: each seed as a faint dot, the mean with its 95% t interval."""
-    for row, label in enumerate(found):
+    for row, (label, runs) in enumerate(found.items()):
         values = final(found, label, measure)
-        _, colour = ARMS[label.split()[0]]
         mean, low, high, _ = t_interval(values)
+        colour = colour_of(runs)
         panel.plot(values, [row] * len(values), "o", color=colour, alpha=0.25, ms=4, mew=0)
         panel.plot([low, mean, high], [row] * 3, "-o", color=colour, markevery=[1])
     panel.grid(axis="x", color="0.9")
     panel.set_axisbelow(True)
+    plain(panel, MEASURES[measure])
 
 
 def draw_dots(found: dict, path: Path):
@@ -351,107 +346,93 @@ def draw_dots(found: dict, path: Path):
     panels = figure.subplots(1, len(measures), sharey=True)
     for panel, measure in zip(panels, measures, strict=True):
         draw_measure(panel, found, measure)
-        plain(panel, MEASURES[measure])
     panels[0].set_yticks(range(len(found)), labels=list(found), fontsize=10)
     panels[0].invert_yaxis()
     figure.savefig(path)
 
 
 def draw_ablation(found: dict, path: Path):
-    """Left, the tokens of 7+5=12 and at which of them the weights are changed; right, drift."""
+    """Left, at which tokens of an example the weights are changed; right, drift and accuracy."""
     size = (9, 1.2 + 0.27 * len(found))
     figure = matplotlib.figure.Figure(figsize=size, dpi=150, layout="constrained")
     where, drift, accuracy = figure.subplots(1, 3, sharey=True, width_ratios=[1.3, 2, 1.3])
-    text = "7+5=12."
-    for row, label in enumerate(found):
-        word = label.split()[0]
-        for place, character in enumerate(text):
-            acts = "shared" if place < 2 else "rest"
-            changed = word != "off" and not (" at " in label and acts not in label)
-            colour = ARMS[word][1] if changed else "white"
+    shared = "7+5="  # forked: 7+; that all go on with 5= is chance
+    for row, runs in enumerate(found.values()):
+        config = runs[0]["config"]
+        for place, character in enumerate("7+5=12."):
+            acts = "shared" if place < len(shared) else "rest"
+            changed = config["transform"] != "off" and config["at"] in ("all", acts)
+            colour = colour_of(runs) if changed else "white"
             where.barh(row, 0.9, left=place, color=colour, edgecolor="0.7", height=0.8, lw=0.6)
             ink = "white" if changed else "0.4"
             where.text(place + 0.45, row, character, ha="center", va="center", color=ink)
-    plain(where, "weights changed at\nshared 7+ | rest")
+    plain(where, f"weights changed, in a group\nin which all begin with {shared}")
     where.set_xticks([])
     where.spines[["left", "bottom"]].set_visible(False)
     where.tick_params(axis="y", length=0)
-    for panel, measure in ((drift, "solution_drift"), (accuracy, "accuracy")):
-        draw_measure(panel, found, measure)
-        plain(panel, MEASURES[measure])
+    draw_measure(drift, found, "solution_drift")
+    draw_measure(accuracy, found, "accuracy")
     drift.set_xlim(left=0)
     where.set_yticks(range(len(found)), labels=list(found), fontsize=10)
     where.invert_yaxis()
     figure.savefig(path)
 
 
-def draw_mechanism(result: dict, path: Path):
-    """A row per trajectory with its advantage; under each transform its weight and its push Â w."""
-    figure = matplotlib.figure.Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
-    A = np.array(result["advantages"])
-    panels = figure.subplots(1, len(ARMS), sharex=True, sharey=True)
-    for panel, (word, (_, colour)) in zip(panels, ARMS.items(), strict=True):
-        w = np.array(result["weights"][word])
-        panel.barh(range(len(A)), w, color=colour, alpha=0.35)
-        panel.barh(range(len(A)), A * w, height=0.3, color=colour)
-        panel.axvline(0, color="0.3", lw=0.8)
-        plain(panel, f"{word}\nmean push {np.mean(A * w):+.2f}")
-    rows = zip(result["completions"], A, strict=True)
-    panels[0].set_yticks(range(len(A)), labels=[f"{text}   Â {a:+.2f}" for text, a in rows])
-    panels[0].invert_yaxis()
-    title = f"Prompt {result['prompt']}, shared token: product of ratios (light), push (dark)"
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path)
-
-
-def show(name: str, out: Path):
-    """Draw OUT/NAME.json, print its tables, and write them into OUT/README.md."""
-    result = json.loads((out / f"{name}.json").read_text())
-    path = out / f"{name}.png"
+def show(name: str, out: Path) -> str:
+    """Draw OUT/NAME.json, write its tables into OUT/README.md, and return them."""
+    path = out / f"{name}.json"
+    try:
+        result = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: record {name} again") from None
+    picture = path.with_suffix(".png")
     if name == "mechanism":
-        draw_mechanism(result, path)
+        groups.draw_mechanism(result, picture)
+    elif name == "sharing":
+        groups.draw_sharing(result, picture)
     elif name == "failure-modes":
-        tokrl.draw_failure_modes(result["arms"], path)
+        tokrl.draw_failure_modes(result["arms"], picture)
     elif name == "ablation":
-        draw_ablation(result["arms"], path)
+        draw_ablation(result["arms"], picture)
     else:
-        draw_dots(result["arms"], path)
+        draw_dots(result["arms"], picture)
     text = report(result)
-    print(f"\n## {name}\n\n{text}")
     page = out / "README.md"
     if page.exists():
         page.write_text(insert(page.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+    return f"## {name}\n\n{text}\n"
 
 
+# ---- 6. The command line
 def run(args):
     """Record the experiments that are named, or only show what there is."""
-    require(args.name or args.plot, f"which experiment? {', '.join(EXPERIMENTS)}, all, or --plot")
-    ours = args.out.resolve() == HERE and not args.plot
-    reason = "figures/ holds the results of seeds 0-7: choose another --out for other seeds"
-    require(args.seeds == SEEDS or not ours, reason)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in list(EXPERIMENTS) if args.name in (None, "all") else [args.name]:
-        if not args.plot:
+    names = list(EXPERIMENTS) if args.name in (None, "all") else [args.name]
+    if not args.plot:
+        if args.name is None:
+            raise ValueError(f"which experiment? {', '.join(EXPERIMENTS)}, all, or --plot")
+        if args.out.resolve() == HERE and args.seeds != SEEDS:
+            raise ValueError("figures/ holds seeds 0-7: choose another --out for other seeds")
+        args.runs.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in names:
             record(name, args.seeds, args.runs, args.out)
-        if (args.out / f"{name}.json").exists():
-            show(name, args.out)
+    texts = [show(name, args.out) for name in names]
+    print("\n".join(texts))  # after all is written: "| head" may stop it
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0, or 2 with one line for bad input, 130 after Ctrl-C."""
+    """Returns 0, or 1 where runs failed, 2 for bad input, 130 after Ctrl-C."""
     parser = ArgumentParser("figures.experiments", description=__doc__.splitlines()[0])
-    parser.error = partial(require, False)  # one line, as for all bad input
     parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--plot", action="store_true", help="only tables and figures, no training")
     parser.add_argument("--seeds", type=tokrl.seed_range, default=SEEDS, help="default 0-7")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=HERE, help="where results go")
+    args = parser.parse_args(argv)
     try:
-        run(parser.parse_args(argv))
+        run(args)
     except (ValueError, OSError) as error:
-        print(f"figures.experiments: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     except KeyboardInterrupt:
         print("\nStopped. The same command continues with what is missing.", file=sys.stderr)
         return 130
@@ -459,4 +440,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a console without "−" shows "?"
     sys.exit(main())
