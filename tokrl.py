@@ -23,9 +23,8 @@ advantages (Adv-Orthogonal, Eq. 18) restore the cancellation.
 
 Where this program departs from the paper:
  1. The policy has 0.1 million parameters and the tasks can be enumerated: all measures are exact.
- 2. A group shares its first `fork` tokens because they are sampled once for all of it, as in tree
-    rollouts. A language model's group shares an opening because all of it chose the same one: for
-    that, `--task habit`, or `--fork 0` with another task. There the remedy does little or nothing.
+ 2. A group shares its first `fork` tokens because they are sampled once for all of it (tree
+    rollouts). A language model's shares what all of it chose: `--task habit`, or `--fork 0`.
  3. The paper's method, DFPO, is taken to be `--loss seq --transform on`, as summaries describe it.
  4. Ours: `--at` limits a transform to shared tokens or to the rest, the loss `prefix` cancels
     without a transform (its ratio is CTPO's), `--duplicates share` lets copies share a reward.
@@ -301,8 +300,7 @@ def transform_weights(weights, advantages, mask, kind: str):
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool -> (B,G,T), exactly 0 off the mask.
     Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind.
     """
-    assert weights.shape == mask.shape and mask.dtype == torch.bool
-    assert advantages.shape == mask.shape[:2]
+    assert weights.shape == mask.shape and advantages.shape == mask.shape[:2]
     w = weights.masked_fill(~mask, 0.0)
     if kind == "min":
         w = w.masked_fill(~mask, math.inf).amin(1, keepdim=True).expand_as(w)
@@ -452,7 +450,8 @@ def update(policy, reference, optimizer, config: Config, prompts, tokens, reward
         loss.backward()
         gradient = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         if not (loss.isfinite() and gradient.isfinite()):
-            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {gradient:.3g}")
+            where = f"at inner step {inner + 1}"
+            raise FloatingPointError(f"loss {loss:.3g}, gradient norm {gradient:.3g} {where}")
         optimizer.step()
         total_push += net_push(w[..., : config.fork], A).mean().item()
     return total_push
@@ -525,7 +524,7 @@ def answers(policy, start, task) -> str:
     before = solution_logprobs(start, task).exp()
     after = solution_logprobs(policy, task).exp()
     lines = []
-    for b in range(0, len(before), -(-len(before) // 3)):
+    for b in range(0, len(before), math.ceil(len(before) / 3)):
         prompt = task.prompts()[b]
         solutions = task.solutions(prompt)
         cells = []
@@ -590,8 +589,8 @@ def train(config: Config, seed: int, **bar) -> dict:
 
 
 # ---- 12. Many runs, side by side; a finished run is its file
-HERE = Path(__file__).resolve()
-CODE = [HERE.read_bytes(), HERE.with_name("toy_tasks.py").read_bytes()]
+THIS_FILE = Path(__file__).resolve()
+CODE = [THIS_FILE.read_bytes(), THIS_FILE.with_name("toy_tasks.py").read_bytes()]
 CORES = torch.get_num_threads()  # those that this process may use; train sets it to one
 
 
@@ -636,7 +635,7 @@ def train_missing(arms: dict, seeds: list, out: Path):
     if not jobs:
         return
     count = min(len(jobs), CORES)
-    workers = spawn(work, (jobs, count, out), count, join=False)
+    workers = spawn(work, (jobs, count, out), count, join=False, daemon=True)
     try:
         while not workers.join():
             pass
@@ -653,8 +652,16 @@ def finished_arms(arms: dict, seeds: list, out: Path) -> dict:
     for label, config in arms.items():
         paths = [run_path(out, config, seed) for seed in seeds]
         if all(path.exists() for path in paths):
-            finished[label] = [json.loads(path.read_text()) for path in paths]
+            finished[label] = [load_run(path) for path in paths]
     return finished
+
+
+def load_run(path: Path) -> dict:
+    """What `train` returned. ValueError: the file is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: delete it to train it again") from None
 
 
 # ---- 13. The figure of the three failure modes, a table, the command line
@@ -698,8 +705,9 @@ def draw_failure_modes(arms: dict, path: Path):
         panel.set_xlabel("rollouts")
         panel.set_ylim(bottom=-0.02 * panel.get_ylim()[1])
         panel.spines[["top", "right"]].set_visible(False)
+    seeds = [run["seed"] for run in next(iter(arms.values()))]
+    title = "mean over seeds, and range" if len(seeds) > 1 else f"seed {seeds[0]}"
     handles, labels = panels[0].get_legend_handles_labels()
-    title = "mean over seeds, and range" if len(runs) > 1 else f"seed {runs[0]['seed']}"
     panels[5].legend(handles, labels, loc="center", title=title)
     panels[5].axis("off")
     figure.savefig(path)
@@ -763,11 +771,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         train_missing(wanted, seeds, out)
+        finished = finished_arms(arms_of(TRANSFORMS, PLACES, **options), seeds, out)
     except KeyboardInterrupt:
         print("\nStopped. The same command continues with what is missing.", file=sys.stderr)
         return 130
-
-    finished = finished_arms(arms_of(TRANSFORMS, PLACES, **options), seeds, out)
+    except ValueError as error:
+        parser.error(str(error))
     if finished:
         for name, runs in finished.items():
             print(f"\n{name}, seed {seeds[0]}:\n{runs[0]['answers']}")
