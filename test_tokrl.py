@@ -1,23 +1,22 @@
 """Tests of tokrl.py and toy_tasks.py, in the order of their chapters.
 
-    python -m pytest                    everything
-    python -m pytest -m "not slow"      without what trains for more than a second
-    python -m pytest -k orth            about one thing: orth, kl, credit, task, update ...
+    python -m pytest test_tokrl.py                  everything: about a minute
+    python -m pytest test_tokrl.py -m "not slow"    without what starts the program or trains
+    python -m pytest test_tokrl.py -k cor32         what the paper says: eq2, eq17, eq18, section4,
+                                                    prop31, cor32, cor33; or: task, weights, update
 
 Most are worked by hand, with the arithmetic above the assert. Where that cannot be, something
-independent judges: enumeration, or the same thing written out step by step.
+independent judges: enumeration, or the same thing written out.
 """
 
-import ast
-import contextlib
-import copy
-import functools
 import itertools
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
-from collections import Counter
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,27 +25,13 @@ import pytest
 import torch
 
 import tokrl
-from tokrl import (
-    LOSSES,
-    TRANSFORMS,
-    Config,
-    Policy,
-    credit,
-    effective_weights,
-    group_advantages,
-    named_generator,
-    net_push,
-    policy_loss,
-    sample_groups,
-    shared_tokens,
-    transform_weights,
-)
+from tokrl import Config, Policy, effective_weights, net_push, policy_loss, transform_weights
 from toy_tasks import EOS, PAD, TASKS, VOCAB, Task, decode, encode
 
-HERE = Path(__file__).resolve().parent
-COMMUTE = TASKS["commute"]
+HERE = Path(tokrl.__file__).resolve().parent
 INF = math.inf
 NAN = math.nan
+generator = tokrl.named_generator
 torch.set_num_threads(1)
 
 
@@ -55,215 +40,308 @@ def tensor(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def close(a, b, atol=1e-12):
+def assert_close(got, want, atol=1e-12):
     """Equal shapes, and equal numbers to `atol`."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=atol)
+    __tracebackhide__ = True
+    says = f"\nwant {want.tolist()}\ngot  {getattr(got, 'tolist', lambda: got)()}"
+    assert isinstance(got, torch.Tensor) and got.shape == want.shape, says
+    assert torch.allclose(got.double(), want.double(), rtol=0, atol=atol), says
 
 
-def same_parameters(a, b, atol=0.0):
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return all(close(x, y, atol) for x, y in pairs)
+def parameters(policy):
+    return torch.nn.utils.parameters_to_vector(policy.parameters()).detach()
 
 
 def random_policy(seed: int = 0) -> Policy:
     """A policy in float64 that has learnt nothing."""
-    return Policy(named_generator(seed, "test")).double()
-
-
-def random_tokens(*shape):
-    return torch.randint(len(VOCAB), shape, generator=named_generator(0, "tokens"))
-
-
-def random_case(seed: int, b=3, g=5, t=6):
-    """logprobs, old ones, advantages, ragged mask with a hole; ratios e^±0.3."""
-    generator = torch.Generator().manual_seed(seed)
-    old = -3 * torch.rand(b, g, t, dtype=torch.float64, generator=generator)
-    logprobs = old + 0.3 * torch.randn(b, g, t, dtype=torch.float64, generator=generator)
-    mask = torch.arange(t) < torch.randint(2, t + 1, (b, g, 1), generator=generator)
-    mask[0, 0, 1] = False
-    return logprobs, old, group_advantages(tensor([[1.0, 0, 1, 0, 0]] * b)), mask
-
-
-def weigh(loss, kind, logprobs, old, A, mask, *clip):
-    """Effective weights, transformed: the two steps that update takes."""
-    w = effective_weights(loss, logprobs, old, A, mask, *clip)
-    return transform_weights(w, A, mask, kind)
+    return Policy(generator(seed, "test")).double()
 
 
 # ---- 1. Tasks, by enumeration
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_task_is_small_and_its_prompts_are_of_one_length(task):
-    prompts = task.prompts()
-    solutions = [s for prompt in prompts for s in task.solutions(prompt)]
-    assert 1 < len(prompts) <= 150
-    assert len(solutions) <= 400
-    assert len({len(prompt) for prompt in prompts}) == 1
-    assert task.max_completion > max(len(s) for s in solutions) + 1
-    assert 0 <= task.fork < task.max_completion
-
-
-@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_task_rewards_its_solutions_and_nothing_next_to_them(task):
-    for prompt in task.prompts():
-        right = task.solutions(prompt)
-        assert len(set(right)) == len(right) >= 1
-        for s in right:
-            others = [s, s + "_", s + "0", s[:-1], " " + s, "_" + s, s + "."]
-            for i in range(len(s)):
-                others += [s[:i] + character + s[i + 1 :] for character in VOCAB]
-            for other in others:
-                assert task.reward(prompt, other) == float(other in right)
-
-
 def total(text: str) -> int:
-    """'3+9' -> 12."""
     return sum(int(digit) for digit in text.split("+"))
 
 
 PAIRS = [f"{a}+{b}" for a in "123456789" for b in "123456789"]
 SUMS = PAIRS + [f"{pair}+{c}" for pair in PAIRS for c in "123456789"]
+PROMPTS = {"commute": 9 * 8, "split": 10, "chain": 84, "add": 10 * 10, "habit": 9 * 8}
 
 
-def right_by_arithmetic(name: str, prompt: str) -> set:
+def right_by_arithmetic(name: str, prompt: str) -> list:
     """All right completions, looked for among all sums."""
     question = prompt.removesuffix("=")
-    if name == "commute":
-        return {f"{s}={total(s)}" for s in PAIRS if sorted(s) == sorted("+" + question)}
+    if name == "add":
+        return [f"{total(question):02d}"]
     if name == "split":
-        return {s for s in SUMS if total(s) == int(question)}
+        return [s for s in SUMS if total(s) == int(question)]
     if name == "chain":  # one of the outer digits stays as it is
         pairs = [s for s in PAIRS if total(s) == total(question)]
-        kept = [s for s in pairs if s[0] == question[0] or s[-1] == question[-1]]
-        return {f"{s}={total(s)}" for s in kept}
-    return {f"{total(question):02d}"}
-
-
-PROMPTS = {"commute": 9 * 8, "split": 10, "chain": 84, "add": 10 * 10}
+        return [f"{s}={total(s)}" for s in pairs if s[0] == question[0] or s[-1] == question[-1]]
+    return [f"{s}={total(s)}" for s in PAIRS if sorted(s) == sorted("+" + question)]
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_task_solutions_are_right_by_arithmetic(name):
-    assert len(TASKS[name].prompts()) == PROMPTS[name]
-    for prompt in TASKS[name].prompts():
-        assert set(TASKS[name].solutions(prompt)) == right_by_arithmetic(name, prompt)
+def test_task_rewards_what_is_right_by_arithmetic(name):
+    task = TASKS[name]
+    assert len(task.prompts()) == PROMPTS[name]
+    for prompt in task.prompts():
+        right = right_by_arithmetic(name, prompt)
+        assert sorted(task.solutions(prompt)) == sorted(right)
+        assert max(len(s) for s in right) + 1 < task.max_completion
+        for s in right:
+            for other in [s, s + "_", s + "0", s[:-1], s[:-1] + "0", "_" + s]:
+                assert task.reward(prompt, other) == float(other in right)
 
 
 def test_task_text_is_encoded_by_character_and_decoded_to_the_first_eos():
     assert encode("7+5=12") == [VOCAB.index(character) for character in "7+5=12"]
     assert decode([2, PAD, 3, EOS, 4]) == "0_1"
-    assert decode([2, 3]) == "01"
-    assert decode([EOS]) == ""
-
-
-def test_task_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="'x' is not in the vocabulary"):
-        encode("7x")
-    with pytest.raises(ValueError, match="'99=' is not a prompt"):
-        COMMUTE.solutions("99=")
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_task_demonstrations_are_half_wrong_and_spread_evenly(task):
-    rng = random.Random(0)
+def test_task_demonstrations_are_half_wrong_and_even_but_for_a_favourite(task):
     prompt = task.prompts()[len(task.prompts()) // 2]
-    counts = Counter(task.demonstration(prompt, rng) for _ in range(4000))
-    right = [counts[s] for s in task.solutions(prompt)]
-    mean = np.mean(right)
-    assert abs(sum(right) - 2000) < 160  # 5 standard deviations
-    assert all(abs(n - mean) < 5 * math.sqrt(mean) for n in right)
+    right = task.solutions(prompt)
+    rng = random.Random(0)
+    texts = [task.demonstration(prompt, rng) for _ in range(4000)]
+    counts = [texts.count(s) for s in right]
+    assert abs(sum(counts) - 2000) < 160  # 5 standard deviations
+    shares = [1 / len(right)] * len(right)
+    if task.name == "habit":
+        shares = [0.9, 0.1]
+        assert right == ["6+5=11", "5+6=11"], "the larger digit first"
+    for count, share in zip(counts, shares, strict=True):
+        assert abs(count - 2000 * share) < 5 * math.sqrt(2000 * share)
 
 
-# ---- 2. The policy
-def every_row(policy, tokens):
-    """What Policy.forward computes, written out: (N,T) -> (N,T,V)."""
-    x = policy.token(tokens) + policy.position.weight[: tokens.shape[1]]
-    return policy.head(tokrl.norm(policy.blocks(x))).log_softmax(-1)
-
-
+# ---- 2. The policy, read one row at a time
 def every_logprob(policy, prompts, tokens):
-    """Log-probabilities of every token at each place of the completions, copies too: (B,G,T,V)."""
+    """Log-probabilities of every token at each place of the completions: (B,G,T,V)."""
     B, G, _ = tokens.shape
     rows = torch.cat([prompts[:, None].expand(B, G, -1), tokens], -1).flatten(0, 1)
-    return every_row(policy, rows)[:, prompts.shape[1] - 1 : -1].unflatten(0, (B, G))
+    every = torch.cat([policy(row[None]) for row in rows])
+    return every[:, prompts.shape[1] - 1 : -1].unflatten(0, (B, G))
 
 
-def test_policy_is_causal():
-    policy = random_policy()
-    tokens = random_tokens(3, 9)
-    log_p = policy(tokens)
-    assert close(log_p.exp().sum(-1), torch.ones(3, 9).double())
-    for t in range(9):
-        changed = tokens.clone()
-        changed[:, t] = (changed[:, t] + 1) % len(VOCAB)
-        moved = (policy(changed) - log_p).abs().amax(-1) > 1e-12
-        assert not moved[:, :t].any()
-        assert moved[:, t:].all()
+def logprobs_along(policy, prompt, text):
+    """At each token of the text and its EOS: log π of all tokens (T,V), and of this one (T)."""
+    ids = encode(prompt) + encode(text) + [EOS]
+    rows = policy(torch.tensor([ids[:-1]]))[0, len(prompt) - 1 :]
+    return rows, rows[range(len(rows)), ids[len(prompt) :]]
 
 
-def test_policy_reads_copies_once_with_the_same_result():
-    policy = random_policy()
-    prompts = random_tokens(3, 4)
-    tokens = random_tokens(3, 4, 5)
-    tokens[:, 1] = tokens[:, 0]  # three copies
-    tokens[1, 3, :4] = tokens[1, 0, :4]  # and one but for the last token, which is not read
-    distinct, place = tokrl.distinct_rows(prompts, tokens)
-    assert (len(distinct), place.shape) == (12 - 4, (3, 4))
-
-    got = tokrl.completion_logprobs(policy, distinct, place, 5)
-    assert close(got, every_logprob(policy, prompts, tokens))
-
-
-# ---- 3. Sampling, and what a group shares
-@pytest.mark.parametrize("fork", [0, 1, 3, 7])
-def test_sampled_group_shares_its_fork_and_branches_after_it(fork):
-    policy = Policy(named_generator(1, "test"))
-    generator = named_generator(0, "sampling")
-    tokens = sample_groups(policy, random_tokens(40, 3), 5, fork, 8, generator)
-    assert tokens.shape == (40, 5, 8)
-    agree = (tokens == tokens[:, :1]).all(dim=1)  # (B,T)
-    mask = tokrl.completion_mask(tokens)
-    alive = mask[:, :, fork].all(dim=1)  # groups that have not ended within the opening
-    assert agree[:, :fork].all()
-    assert alive.any()
-    assert agree[alive, fork].float().mean() < 0.5, "after the fork each its own"
-    assert len({tuple(row) for row in tokens[:, 0].tolist()}) > 20, "prompts do not share"
-    assert (tokens[~mask] == PAD).all()
-    assert (tokens[mask] == PAD).any(), "a sampled PAD is scored"
-
-
-def test_sampling_mask_by_hand():
+# ---- 3. Sampling
+def test_completion_mask_by_hand():
     # a PAD before the first EOS is scored, a second EOS is not; without EOS all is scored
     rows = torch.tensor([[PAD, 3, EOS, 5, EOS], [EOS, 2, 2, 2, 2], [3, PAD, 3, 3, PAD]])
     want = [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert tokrl.completion_mask(rows[None]).int().tolist() == [want]
 
 
+def sampled(policy, prompts, *sizes):
+    """What sample_groups returns."""
+    tokens = tokrl.sample_groups(policy, prompts, *sizes, generator(0, "sampling"))
+    want = (len(prompts), sizes[0], sizes[2])
+    assert getattr(tokens, "shape", None) == want, f"want tokens of shape {want}, got {tokens}"
+    return tokens
+
+
+@pytest.mark.parametrize("fork", [0, 1, 3, 7])
+def test_sample_groups_share_a_fork_and_branch_after_it(fork):
+    prompts = torch.randint(len(VOCAB), (40, 3), generator=generator(0, "tokens"))
+    tokens = sampled(Policy(generator(1, "test")), prompts, 5, fork, 8)
+    agree = (tokens == tokens[:, :1]).all(dim=1)  # (B,T)
+    assert agree[:, :fork].all(), "the fork is sampled once for a group"
+    assert len({tuple(row) for row in tokens[:, 0].tolist()}) > 20, "prompts do not share"
+    mask = tokrl.completion_mask(tokens)
+    alive = mask[:, :, fork].all(dim=1)  # groups that have not ended within the opening
+    assert agree[alive, fork].float().mean() < 0.5, "after the fork each its own"
+    assert (tokens[~mask] == PAD).all(), "nothing but PAD after EOS"
+
+
 @pytest.mark.parametrize("fork", [0, 1])
-def test_samples_follow_the_enumerated_distribution(fork):
-    policy = Policy(named_generator(2, "test"))
+def test_sample_groups_follow_the_enumerated_distribution(fork):
+    policy = Policy(generator(2, "test"))
     prompt = torch.tensor([encode("7.=")])  # an EOS in the prompt ends nothing
     pairs = torch.cartesian_prod(torch.arange(14), torch.arange(14))[None]  # 14² outcomes
     p = tokrl.token_logprobs(policy, prompt, pairs).sum(-1).exp()[0]
     p[pairs[0, :, 0] == EOS] = 0.0  # one outcome more: ended at once
-    expected = torch.cat([p, (1 - p.sum())[None]]).detach().numpy() * 20_000
+    expected = torch.cat([p, (1 - p.sum())[None]]).detach() * 20_000
 
-    prompts = prompt.expand(20_000, 3)
-    tokens = sample_groups(policy, prompts, 2, fork, 2, named_generator(fork, "sampling"))
-    first = tokens[:, -1, 0]
-    second = tokens[:, -1, 1]
+    first, second = sampled(policy, prompt.expand(20_000, 3), 2, fork, 2)[:, -1].T
     outcomes = torch.where(first == EOS, 196, first * 14 + second)
-    counts = torch.bincount(outcomes, minlength=197).numpy()
+    counts = torch.bincount(outcomes, minlength=197)
     big = expected > 5
     chi2 = ((counts[big] - expected[big]) ** 2 / expected[big]).sum()
-    assert chi2 < big.sum() + 5 * math.sqrt(2 * big.sum())
+    assert chi2 < big.sum() + 5 * math.sqrt(2 * big.sum()), f"want {expected}, got {counts}"
 
 
-SHARED = {  # the completions of a group; at which tokens all agree up to and including that token
+# ---- 4. Advantages, by hand
+def test_group_advantages_by_hand():
+    # 1 0 0 1: mean 1/2, std with G − 1: sqrt(4 · 1/4 / 3) = sqrt(1/3). 1 0 0 0: mean 1/4, std 1/2
+    # equal rewards: nothing to tell apart
+    rewards = tensor([[1, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+    differences = tensor([[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
+    std = tensor([[math.sqrt(1 / 3)], [0.5], [0]])
+    assert_close(tokrl.group_advantages(rewards), differences / (std + 1e-4))
+    assert_close(tokrl.group_advantages(rewards, normalize=False), differences)
+
+
+def test_equal_rewards_give_exactly_0_not_dust():
+    rewards = torch.full((1, 7), 0.1)
+    assert rewards.mean() != rewards[0, 0], "in float32 this mean is rounded"
+    assert (tokrl.group_advantages(rewards) == 0).all()
+
+
+def test_bfloat16_rewards_are_computed_in_float32():
+    # 1 1 1 1 + 1/128: the mean, 1 + 1/512, lies between two numbers of bfloat16
+    rewards = torch.tensor([[1, 1, 1, 1 + 1 / 128]]).bfloat16()
+    got = tokrl.group_advantages(rewards, normalize=False)
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[-1 / 512, -1 / 512, -1 / 512, 3 / 512]]
+
+
+# ---- 5. Effective weights, by hand
+# Two groups of two, lengths 2 3 | 1 3, one with a hole; ratios below, inside and above 1 ± 0.2
+MASK = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 1]]]).bool()
+RATIO = tensor([[[1.5, 0.5, 9.0], [1.5, 1.1, 0.5]], [[0.9, 9.0, 9.0], [9.0, 1.3, 0.9]]])
+OLD = tensor([[[-1.0, -2.0, -3.0], [-0.5, -0.1, -4.0]], [[-1.5, -0.3, -0.2], [-0.7, -2.5, -0.9]]])
+ADVANTAGES = tensor([[0.5, -0.5], [-2.0, 2.0]])
+N = tensor([[[2], [3]], [[1], [2]]])  # L = 3, BG / M = 4 / 8
+# the clip drops ratios above 1.2 where Â > 0, below 0.8 where Â < 0
+CLIPPED = tensor([[[0, 0.5, 0], [1.5, 1.1, 0]], [[0.9, 0, 0], [0, 0, 0.9]]])
+# gspo: sqrt(1.5 · 0.5) = 0.866 kept (Â > 0); cbrt(1.5 · 1.1 · 0.5) = 0.938 dropped at 1 − 0.04
+# (Â < 0); 0.9 dropped (Â < 0); sqrt(1.3 · 0.9) = 1.082 dropped at 1 + 0.04 (Â > 0)
+# seq: 1.5 · 0.5 = 0.75, 1.5 · 1.1 · 0.5 = 0.825, 0.9, 1.3 · 0.9 = 1.17; prefix: the same, so far
+WEIGHTS = {
+    "reinforce": MASK / tensor(3.0),
+    "grpo": CLIPPED / N,
+    "dr_grpo": CLIPPED / 3,
+    "dapo": CLIPPED / 2,
+    "grpo_sym": tensor([[[0, 0, 0], [0, 1.1, 0]], [[0.9, 0, 0], [0, 0, 0.9]]]) / 3,
+    "cispo": tensor([[[1.2, 0.5, 0], [1.2, 1.1, 0.5]], [[0.9, 0, 0], [0, 1.2, 0.9]]]) / 2,
+    "gspo": tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]) * math.sqrt(0.75) / 2,
+    "seq": tensor([[[0.75], [0.825]], [[0.9], [1.17]]]) * MASK / 3,
+    "prefix": tensor([[[1.5, 0.75, 0], [1.5, 1.65, 0.825]], [[0.9, 0, 0], [0, 1.3, 1.17]]]) / 3,
+}
+
+
+UP_DOWN = tensor([[1.0, -1.0]])
+
+
+def weigh(loss, **options):
+    return effective_weights(loss, OLD + RATIO.log(), OLD, ADVANTAGES, MASK, **options)
+
+
+@pytest.mark.parametrize("loss", WEIGHTS)
+def test_weights_by_hand(loss):
+    print("want", WEIGHTS[loss].tolist())  # pytest shows it if what follows fails
+    assert_close(weigh(loss), WEIGHTS[loss])
+    # L = 1 in place of 3, where the loss has such a constant
+    scale = 3 if loss in ("reinforce", "dr_grpo", "grpo_sym", "seq", "prefix") else 1
+    assert_close(weigh(loss, max_length=1), WEIGHTS[loss] * scale)
+
+
+def test_clip_with_two_bounds_by_hand():
+    # (0.2, 0.6): 1.5 and 1.3 with Â > 0 are now kept; 0.5 with Â < 0 is not
+    want = tensor([[[1.5, 0.5, 0], [1.5, 1.1, 0]], [[0.9, 0, 0], [0, 1.3, 0.9]]]) / 3
+    assert_close(weigh("dr_grpo", clip_eps=(0.2, 0.6)), want)
+
+
+def test_clip_of_gspo_acts_on_bfloat16():
+    # 94 tokens of log-ratio 0 and six of −1/64: s = exp(−6 / 64 / 100) = 0.99906 < 1 − 3e-4
+    old = torch.full((1, 2, 100), -2.0, dtype=torch.bfloat16)
+    new = old.clone()
+    new[0, 1, :6] = -2.015625
+    w = effective_weights("gspo", new, old, UP_DOWN, torch.ones(1, 2, 100).bool(), (3e-4, 4e-4))
+    assert_close(w, tensor([[[0.01], [0.0]]]).expand(1, 2, 100), 1e-8)
+
+
+# Eq. 2: which losses cancel at a token that the group shares
+# Two completions, of 2 and of 3 tokens, share the first one, of ratio 2. Â = 1 and −1.
+FORKED = tensor([[[2.0, 0.5, 1.0], [2.0, 2.0, 2.0]]]).log()
+FORKED_MASK = torch.tensor([[[1, 1, 0], [1, 1, 1]]]).bool()
+LEFT_OVER = {  # Σ_i Â_i w_i at the shared token, with the loss's clip, without. L = 3, BG/M = 2/5
+    "reinforce": (0, 0),  # 1/3 − 1/3
+    "grpo": (0 - 2 / 3, 2 / 2 - 2 / 3),  # clipped where Â > 0; without a clip 1/n remains
+    "dr_grpo": (0 - 2 / 3, 0),  # clipped where Â > 0; without a clip 2/3 − 2/3
+    "dapo": (0 - 4 / 5, 0),  # the same, · 2/5
+    "grpo_sym": (0, 0),  # clipped for both
+    "cispo": (0, 0),  # 1.2 for both
+    "gspo": (1 / 2 - 2 / 3, 1 / 2 - 2 / 3),  # s = sqrt(2 · ½) = 1 and cbrt(2 · 2 · 2) = 2, over n
+    "seq": (1 / 3 - 8 / 3, 1 / 3 - 8 / 3),  # 2 · ½ and 2 · 4: the ratios after the shared token
+    "prefix": (0, 0),  # 2/3 − 2/3: of the first token alone
+}
+
+
+@pytest.mark.parametrize("loss", LEFT_OVER)
+def test_eq2_by_hand(loss):
+    for clip_eps, want in zip((None, INF), LEFT_OVER[loss], strict=True):
+        w = effective_weights(loss, FORKED, FORKED * 0, UP_DOWN, FORKED_MASK, clip_eps)
+        assert_close((UP_DOWN[0] * w[0, :, 0]).sum(), tensor(want))
+
+
+@pytest.mark.parametrize("loss", tokrl.LOSSES)
+def test_eq2_holds_where_all_agree_unless_the_loss_is_known_to_break_it(loss):
+    # ratios e^±0.3 that clips notice, lengths 4 to 6, two shared tokens; every token else differs
+    log_r = 0.3 * torch.randn(3, 5, 6, generator=generator(0, "ratios")).double()
+    log_r[..., :2] = tensor([0.25, 0.1])
+    mask = torch.arange(6) < tensor([4, 5, 6, 5, 4])[:, None].expand(3, 5, 1)
+    A = tensor([[2, -1, 2, -1, -2]] * 3)
+    push = net_push(effective_weights(loss, log_r, log_r * 0, A, mask), A)[:, :2]
+    breaks = loss in ("grpo", "dr_grpo", "dapo", "gspo", "seq")
+    assert (push < 1e-12).all() != breaks, f"net push {push.tolist()}"
+
+    on_policy = effective_weights(loss, log_r, log_r, A, mask)
+    assert (on_policy[mask] > 0).all(), "at the first inner step every token is trained"
+
+
+# ---- 6. Transforms, by hand: Eq. 17 (min) and Eq. 18 (orth)
+# a place where all three are alive, one with two, one with one, one with nobody
+W = tensor([[[1.0, 4.0, 5.0, 6.0], [2.0, 3.0, 7.0, 8.0], [6.0, 2.0, 9.0, 9.0]]])
+ALIVE = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]]).bool()
+A3 = tensor([[1.0, 1.0, -2.0]])
+
+
+def assert_transformed(kind, want):
+    """Neither another group nor what is off the mask changes it; where all are 0 it stays 0."""
+    w = torch.cat([W, W * 0, W])
+    mask = torch.cat([ALIVE, ALIVE, ALIVE & False])
+    got = transform_weights(w, torch.cat([A3, -A3, A3]), mask, kind)
+    assert_close(got, torch.cat([want, W * 0, W * 0]))
+
+
+def test_transform_min_by_hand_eq17():
+    # the least of the alive: min(1, 2, 6) = 1, min(4, 2) = 2, 7, nobody
+    assert_transformed("min", tensor([[[1, 2, 0, 0], [1, 0, 7, 0], [1, 2, 0, 0]]]))
+
+
+def test_transform_min_reads_everyone_who_is_alive_eq17():
+    # one without advantage has the least weight, 2; one whose weight a clip has made 0
+    w = tensor([[[3.0, 3.0], [2.0, 5.0], [6.0, 0.0]]])
+    got = transform_weights(w, tensor([[1.0, 0.0, -1.0]]), torch.ones(1, 3, 2).bool(), "min")
+    assert_close(got, tensor([[[2, 0], [2, 0], [2, 0]]]))
+
+
+def test_transform_orth_by_hand_eq18():
+    # first place: Âᵀw = 1 + 2 − 12 = −9, ‖Â‖² = 6, w + 1.5 Â = (2.5, 3.5, 3)
+    # second, over trajectories 1 and 3: Âᵀw = 4 − 4 = 0, unchanged; third: 7 − 7 = 0
+    assert_transformed("orth", tensor([[[2.5, 4, 0, 0], [3.5, 0, 0, 0], [3, 2, 0, 0]]]))
+
+
+def test_transform_orth_projects_on_the_advantages_of_the_alive_eq18():
+    # second place: Âᵀw = 8 − 2 = 6, ‖Â‖² = 5, w − 1.2 Â = (4 − 2.4, 2 + 1.2)
+    w = transform_weights(W, tensor([[2.0, -1.0, -1.0]]), ALIVE, "orth")
+    assert_close(w[0, :, 1], tensor([1.6, 0.0, 3.2]))
+    # ‖Â‖ = 0 over these two: w itself, never nan
+    w = transform_weights(W, tensor([[0.0, 1.0, 0.0]]), ALIVE, "orth")
+    assert_close(w[0, :, 1], tensor([4, 0, 2]))
+
+
+SHARED = {  # the completions of a group; where all agree up to and including that token
     "a fork of two": (["7+5=", "7+1.", "7+93"], [1, 1, 0, 0]),
     "a third token by chance": (["7+5=", "7+5.", "7+53"], [1, 1, 1, 0]),
-    "nothing": (["12", "22", "12"], [0, 0]),
-    "copies": (["7+5.", "7+5.", "7+5."], [1, 1, 1, 1]),
-    "agrees again after it has branched": (["7+5=1", "7+2=1", "7+2=1"], [1, 1, 0, 0, 0]),
+    "agrees again after it has branched": (["17+5", "27+5", "17+5"], [0, 0, 0, 0]),
 }
 
 
@@ -271,892 +349,394 @@ SHARED = {  # the completions of a group; at which tokens all agree up to and in
 def test_shared_tokens_by_hand(name):
     texts, want = SHARED[name]
     group = torch.tensor([encode(text) for text in texts])
-    got = shared_tokens(torch.stack([group, group * 0]))  # another group changes nothing
+    got = tokrl.shared_tokens(torch.stack([group, group * 0]))  # another group, all the same
+    assert_close(got, torch.tensor([want, [1] * 4]))
     assert got.dtype == torch.bool
-    assert got.int().tolist() == [want, [1] * len(want)]
-
-
-# ---- 4. Advantages and duplicates, by hand
-def test_group_advantages_by_hand():
-    # 1 0 0 1: mean 1/2, std with G − 1: sqrt(4 · 1/4 / 3) = sqrt(1/3). 1 0 0 0: mean 1/4, std 1/2
-    rewards = tensor([[1, 0, 0, 1], [1, 0, 0, 0]])
-    got = group_advantages(rewards)
-    assert close(got[0], tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + 1e-4))
-    assert close(got[1], tensor([0.75, -0.25, -0.25, -0.25]) / 0.5001)
-    plain = group_advantages(rewards, normalize=False)
-    assert torch.equal(plain[1], tensor([0.75, -0.25, -0.25, -0.25]))
-
-
-@pytest.mark.parametrize("value, size", [(1.0, 4), (0.3, 4), (0.1, 7), (1.0, 1)])
-def test_group_advantages_of_equal_rewards_are_exactly_0_not_dust(value, size):
-    rewards = torch.full((1, size), value)
-    assert (group_advantages(rewards) == 0).all()
-    assert (group_advantages(rewards, normalize=False) == 0).all()
-    counted = torch.arange(size + 1)[None] > 0
-    assert (group_advantages(torch.full((1, size + 1), value), True, counted) == 0).all()
-
-
-def test_group_advantages_of_those_counted_by_hand():
-    # of 1 0 . 1 mean 2/3, std sqrt((1/9 + 4/9 + 1/9) / 2) = sqrt(1/3); of 1 . 0 . std sqrt(1/2)
-    rewards = tensor([[1, 0, 5, 1], [1, 5, 0, 5], [5, 1, 0, 1], [1, 0, 1, 0], [1, 0, 0, 1]])
-    rows = [[1, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0], [0, 0, 0, 0]]
-    got = group_advantages(rewards, counted=torch.tensor(rows).bool())
-    assert close(got[0], tensor([1, -2, 0, 1]) / 3 / (math.sqrt(1 / 3) + 1e-4))
-    assert close(got[1], tensor([1, 0, -1, 0]) / 2 / (math.sqrt(0.5) + 1e-4))
-    assert (got[2:] == 0).all(), "equal among the counted, one alone, nobody: 0"
-
-
-@pytest.mark.parametrize("excluded", [NAN, INF, -INF, 1e38])
-def test_group_advantages_do_not_see_an_excluded_reward(excluded):
-    # of 1 0 . 1 mean 2/3, std sqrt(1/3), as above
-    rewards = tensor([[1, 0, excluded, 1]])
-    counted = torch.tensor([[1, 1, 0, 1]])
-    want = tensor([[1, -2, 0, 1]]) / 3
-    assert close(group_advantages(rewards, False, counted), want)
-    assert close(group_advantages(rewards, True, counted), want / (math.sqrt(1 / 3) + 1e-4))
-
-
-LOW_PRECISION = {  # dtype, rewards, and their differences from the mean
-    "squares overflow": (torch.float16, [0, 300, 0, 300], [-150, 150, -150, 150]),
-    "sum overflows": (torch.float16, [10000, 10008] * 4, [-4, 4] * 4),
-    "mean rounded": (torch.bfloat16, [1, 1, 1, 1 + 1 / 128], [-1 / 512] * 3 + [3 / 512]),
-    "float32 overflows": (torch.float32, [0, 5e19, 1e20], [-5e19, 0, 5e19]),
-}
-
-
-@pytest.mark.parametrize("name", LOW_PRECISION)
-def test_group_advantages_are_computed_in_float32_at_least(name):
-    dtype, rewards, differences = LOW_PRECISION[name]
-    got = group_advantages(torch.tensor([rewards], dtype=dtype))
-    # ±sqrt(3/4) = ±.866, ±sqrt(7/8) = ±.935, −.488 and 1.463 (the 1e-4 counts), ±1 and 0
-    want = np.array(differences) / (np.std(differences, ddof=1) + 1e-4)
-    assert got.dtype == torch.float32
-    assert got[0].tolist() == pytest.approx(want, rel=1e-5)
-
-
-CREDIT = {  # of a completion, its copy and two others, rewards 1 1 0 1
-    # mean 3/4, std 1/2 = sqrt((3/16 + 9/16) / 3)
-    "keep": tensor([0.25, 0.25, -0.75, 0.25]) / 0.5001,
-    # 1 . 0 1: mean 2/3, std sqrt(1/3)
-    "once": tensor([1, 0, -2, 1]) / 3 / (math.sqrt(1 / 3) + 1e-4),
-    # 1/2 1/2 0 1: mean 1/2, std sqrt((1/4 + 1/4) / 3)
-    "share": tensor([0, 0, -0.5, 0.5]) / (math.sqrt(1 / 6) + 1e-4),
-}
-COPY = [[5, 2, 1], [5, 2, 1], [6, 2, 1], [5, 3, 1]]
-
-
-@pytest.mark.parametrize("kind", CREDIT)
-def test_credit_by_hand(kind):
-    # the second group has the same completions, each once: it does not see the first
-    tokens = torch.tensor([COPY, [[7, 7, 1], *COPY[1:]]])
-    rewards = tensor([[1, 1, 0, 1], [0, 0, 1, 0]])
-    got, counted = credit(tokens, rewards, kind)
-    assert close(got[0], CREDIT[kind])
-    assert close(got[1:], group_advantages(rewards[1:]))
-    assert counted.tolist() == [[True, kind != "once", True, True], [True] * 4]
-
-
-@pytest.mark.parametrize("reward", [NAN, INF, -INF])
-def test_credit_once_does_not_see_the_reward_of_a_later_copy(reward):
-    got, _ = credit(torch.tensor([COPY]), tensor([[1, reward, 0, 1]]), "once")
-    assert close(got[0], CREDIT["once"])
-
-
-# ---- 5. Effective weights, by hand
-# Two groups of two, lengths 2 3 | 1 3, one with a hole; ratios below, inside and above 1 ± 0.2
-MASK = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 1]]])
-RATIO = tensor([[[1.5, 0.5, 9.0], [1.5, 1.1, 0.5]], [[0.7, 9.0, 9.0], [9.0, 1.3, 0.9]]])
-ADVANTAGES = tensor([[1.0, -1.0], [-2.0, 2.0]])
-OLD = tensor([[[-1.0, -2.0, -3.0], [-0.5, -0.1, -4.0]], [[-1.5, -0.3, -0.2], [-0.7, -2.5, -0.9]]])
-N = tensor([[[2], [3]], [[1], [2]]])  # L = 3, BG / M = 4 / 8
-# the clip drops ratios above 1.2 where Â > 0, below 0.8 where Â < 0
-CLIPPED = tensor([[[0, 0.5, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 0, 0.9]]])
-# gspo: sqrt(1.5 · 0.5) = 0.866 kept (Â > 0); cbrt(1.5 · 1.1 · 0.5) = 0.938 dropped at 1 − 0.04
-# (Â < 0); 0.7 dropped (Â < 0); sqrt(1.3 · 0.9) = 1.082 dropped at 1 + 0.04 (Â > 0)
-# seq: 1.5 · 0.5 = 0.75, 1.5 · 1.1 · 0.5 = 0.825, 0.7, 1.3 · 0.9 = 1.17; prefix: the same, so far
-BY_HAND = {
-    "reinforce": MASK / tensor(3.0),
-    "grpo": CLIPPED / N,
-    "dr_grpo": CLIPPED / 3,
-    "dapo": CLIPPED / 2,
-    "grpo_sym": tensor([[[0, 0, 0], [0, 1.1, 0]], [[0, 0, 0], [0, 0, 0.9]]]) / 3,
-    "cispo": tensor([[[1.2, 0.5, 0], [1.2, 1.1, 0.5]], [[0.7, 0, 0], [0, 1.2, 0.9]]]) / 2,
-    "gspo": tensor([[[1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]) * math.sqrt(0.75) / 2,
-    "seq": tensor([[[0.75], [0.825]], [[0.7], [1.17]]]) * MASK / 3,
-    "prefix": tensor([[[1.5, 0.75, 0], [1.5, 1.65, 0.825]], [[0.7, 0, 0], [0, 1.3, 1.17]]]) / 3,
-}
-
-
-def weights(loss, **options):
-    return effective_weights(loss, OLD + RATIO.log(), OLD, ADVANTAGES, MASK, **options)
-
-
-@pytest.mark.parametrize("off_mask", [0.0, NAN, -INF])
-@pytest.mark.parametrize("loss", BY_HAND)
-def test_weights_by_hand(loss, off_mask):
-    new = (OLD + RATIO.log()).masked_fill(MASK == 0, off_mask)
-    old = OLD.masked_fill(MASK == 0, off_mask)
-    for mask in (MASK, MASK.bool(), MASK.double()):
-        got = effective_weights(loss, new, old, ADVANTAGES, mask)
-        assert close(got, BY_HAND[loss]), f"want {BY_HAND[loss].tolist()}"
-        assert (got[MASK == 0] == 0).all()
-
-
-def test_weights_of_prefix_by_hand_step_over_a_hole():
-    # L = 3, ratios 1.5 . 0.5 and 2 0.25 3: 1.5, none, 1.5 · 0.5; 2, 2 · 0.25, 2 · 0.25 · 3
-    log_r = tensor([[[1.5, 9.0, 0.5], [2.0, 0.25, 3.0]]]).log()
-    mask = torch.tensor([[[1, 0, 1], [1, 1, 1]]])
-    w = effective_weights("prefix", log_r, log_r * 0, tensor([[1.0, -1.0]]), mask)
-    assert close(w, tensor([[[1.5, 0, 0.75], [2.0, 0.5, 1.5]]]) / 3)
-
-
-@pytest.mark.parametrize("loss, cancels", [("prefix", True), ("seq", False)])
-def test_weights_of_prefix_cancel_at_shared_tokens_and_those_of_seq_do_not(loss, cancels):
-    logprobs, old, A, _ = random_case(0)
-    for x in (logprobs, old):
-        x[..., :2] = x[:, :1, :2]  # the first two tokens are shared: one number for the group
-    push = net_push(effective_weights(loss, logprobs, old, A, torch.ones(3, 5, 6)), A)
-    assert (push[:, :2] < 1e-12).all() == cancels
-    assert (push[:, 2:] > 1e-3).all()
-
-
-def test_weights_with_another_clip_by_hand():
-    # (low, high) = (0.2, 0.6): 1.5 and 1.3 with Â > 0 are now kept; 0.5 and 0.7 with Â < 0 are not
-    up = tensor([[[1.5, 0.5, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3
-    assert close(weights("dr_grpo", clip_eps=(0.2, 0.6)), up)
-    blind = tensor([[[1.5, 0, 0], [1.5, 1.1, 0]], [[0, 0, 0], [0, 1.3, 0.9]]]) / 3
-    assert close(weights("grpo_sym", clip_eps=[0.2, 0.6]), blind)
-    assert close(weights("cispo", clip_eps=(0.2, 7.9)), RATIO * MASK / 2)
-    # gspo: 0.938 and 1.082 are inside 1 ± 0.1; 0.7 is not
-    s = tensor([[[0.75 ** (1 / 2)], [0.825 ** (1 / 3)]], [[0.0], [1.17 ** (1 / 2)]]])
-    assert close(weights("gspo", clip_eps=0.1), s / N * MASK)
-
-
-@pytest.mark.parametrize("loss", BY_HAND)
-def test_weights_without_a_clip_or_with_another_max_length(loss):
-    # no weight is dropped; L = 1 in place of 3, where the loss has such a constant
-    unclipped = weights(loss, clip_eps=INF)
-    assert (unclipped[MASK == 1] > 0).all()
-    scale = 3 if loss in ("reinforce", "dr_grpo", "grpo_sym", "seq", "prefix") else 1
-    assert close(weights(loss, clip_eps=INF, max_length=1), unclipped * scale)
-
-
-def test_weights_of_dapo_count_the_tokens_of_the_batch():
-    one_token = torch.eye(12)[0].view(2, 2, 3)
-    w = effective_weights("dapo", OLD, OLD, ADVANTAGES, one_token)
-    assert w.sum() == 4, "BG / M = 4 / 1"
-
-
-def test_clip_in_weights_asks_for_the_sign():
-    # Â = ½, −½, 0 at ratios 0.5 and 1.5: dropped are (½, 1.5) and (−½, 0.5); with Â = 0 nothing is
-    log_r = tensor([[[0.5, 1.5]] * 3]).log()
-    A = tensor([[0.5, -0.5, 0.0]])
-    w = effective_weights("dr_grpo", log_r, log_r * 0, A, torch.ones(1, 3, 2), max_length=1)
-    assert close(w, tensor([[[0.5, 0.0], [0.0, 1.5], [0.5, 1.5]]]))
-
-
-@pytest.mark.parametrize("ratio, sign", [(1.25, 1), (0.75, -1)])
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "grpo_sym", "gspo"])
-def test_clip_in_weights_keeps_its_boundaries(loss, ratio, sign):
-    log_r = tensor([[[ratio], [1.0]]]).log()
-    A = tensor([[sign, -sign]])
-    for eps, kept in [(0.249, False), (0.25 + 1e-12, True)]:
-        w = effective_weights(loss, log_r, log_r * 0, A, torch.ones(1, 2, 1), eps)
-        assert (w[0, 0, 0] > 0) == kept
-
-
-def test_clip_in_weights_of_gspo_acts_on_bfloat16():
-    # 94 tokens of log-ratio 0 and six of −1/64: s = exp(−6 / 64 / 100) = 0.99906 < 1 − 3e-4
-    old = torch.full((1, 2, 100), -2.0, dtype=torch.bfloat16)
-    new = old.clone()
-    new[0, 1, :6] = -2.015625
-    A = torch.tensor([[1.0, -1.0]])
-    w = effective_weights("gspo", new, old, A, torch.ones(1, 2, 100), (3e-4, 4e-4))
-    assert (w[0, 1] == 0).all()
-    assert close(w[0, 0], torch.full((100,), 0.01), 1e-8)
-
-
-# ---- 6. Transforms, by hand
-W = tensor([[[1.0, 4.0, 5.0, 6.0], [2.0, 3.0, 7.0, 8.0], [6.0, 2.0, 9.0, 9.0]]])
-ALIVE = torch.tensor([[[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0]]])  # all, two, one, nobody
-A3 = tensor([[1.0, 1.0, -2.0]])
-ALL = torch.ones(1, 3, 1)
-
-
-def test_off_by_hand():
-    assert torch.equal(transform_weights(W, A3, ALIVE, "off"), W * ALIVE)
-
-
-def test_min_by_hand():
-    # the least of the alive: min(1, 2, 6) = 1, min(4, 2) = 2, 7, nobody
-    want = tensor([[[1.0, 2, 0, 0], [1, 0, 7, 0], [1, 2, 0, 0]]])
-    assert torch.equal(transform_weights(W, A3, ALIVE, "min"), want)
-
-
-def test_mean_by_hand():
-    # of the alive: (1 + 2 + 6) / 3 = 3, (4 + 2) / 2 = 3, 7, nobody
-    want = tensor([[[3.0, 3, 0, 0], [3, 0, 7, 0], [3, 3, 0, 0]]])
-    assert close(transform_weights(W, A3, ALIVE, "mean"), want)
-
-
-def test_shrink_by_hand():
-    # min / mean is 1/3, 2/3 and 1: 1/3 of 1, 2, 6; 2/3 of 4, 2; 7
-    want = tensor([[[1 / 3, 8 / 3, 0, 0], [2 / 3, 0, 7, 0], [2, 4 / 3, 0, 0]]])
-    assert close(transform_weights(W, A3, ALIVE, "shrink"), want)
-
-
-def test_orth_by_hand():
-    # first place: Âᵀw = 1 + 2 − 12 = −9, ‖Â‖² = 6, w + 1.5 Â = (2.5, 3.5, 3)
-    # second, over trajectories 1 and 3: Âᵀw = 4 − 4 = 0, unchanged; third: 7 − 7 = 0
-    want = tensor([[[2.5, 4, 0, 0], [3.5, 0, 0, 0], [3, 2, 0, 0]]])
-    assert close(transform_weights(W, A3, ALIVE, "orth"), want)
-    # second place: Âᵀw = 8 − 2 = 6, ‖Â‖² = 5, w − 1.2 Â = (4 − 2.4, 2 + 1.2)
-    w = transform_weights(W, tensor([[2.0, -1.0, -1.0]]), ALIVE, "orth")
-    assert close(w[0, :, 1], tensor([1.6, 0.0, 3.2]))
-
-
-def test_orth_without_advantages_returns_the_weights():
-    # ‖Â‖ = 0, of all or of the alive only: w itself, never nan
-    assert torch.equal(transform_weights(W, A3 * 0, ALIVE, "orth"), W * ALIVE)
-    w = transform_weights(W, tensor([[0.0, 1.0, 0.0]]), ALIVE, "orth")
-    assert w[0, :, 1].tolist() == [4, 0, 2]
-
-
-@pytest.mark.parametrize("kind, want", [("min", 0.0), ("shrink", 0.0), ("mean", 2.0)])
-def test_transforms_count_a_clipped_trajectory(kind, want):
-    # weights 0, 1, 5: it is alive, so min and shrink silence its group, mean gives it weight again
-    assert (transform_weights(tensor([[[0.0], [1.0], [5.0]]]), A3, ALL, kind) == want).all()
-
-
-@pytest.mark.parametrize("kind", TRANSFORMS)
-def test_transforms_see_neither_other_groups_nor_what_is_off_the_mask(kind):
-    others = tensor([[[INF] * 4, [NAN] * 4, [1.0] * 4]])
-    w = torch.cat([W, W * 0, others])
-    mask = torch.cat([ALIVE, ALIVE, ALIVE * 0])
-    got = transform_weights(w, torch.cat([A3, -A3, A3]), mask, kind)
-    assert torch.equal(got[:1], transform_weights(W, A3, ALIVE, kind))
-    assert (got[1:] == 0).all(), "all clipped, and off the mask"
-
-
-@pytest.mark.parametrize("kind", TRANSFORMS)
-def test_transforms_change_nothing_where_all_weights_are_equal(kind):
-    assert close(transform_weights(ALL * 0.3, A3, ALL, kind).double(), tensor([[[0.3]] * 3]), 1e-7)
-
-
-def test_min_reads_the_weight_of_a_trajectory_without_advantage():
-    # Â = −1, 0, 1 at ratios 1.2, 0.5, 1.5: min is 0.5 for all three
-    log_r = tensor([[[1.2], [0.5], [1.5]]]).log()
-    w = weigh("seq", "min", log_r, log_r * 0, tensor([[-1.0, 0.0, 1.0]]), ALL)
-    assert close(w, tensor([[[0.5]] * 3]))
-
-
-def test_min_mean_and_orth_at_shared_tokens_give_the_parameters_one_gradient():
-    # A shared token is one log-probability of the network: where its pushes cancel nothing is left
-    # of them, whatever each of them was.
-    policy = random_policy(1)
-    sampler = random_policy(2)
-    prompts = tokrl.prompt_tokens(["75=", "31="])
-    tokens = sample_groups(sampler, prompts, 6, 2, 8, named_generator(0, "sampling"))
-    mask = tokrl.completion_mask(tokens)
-    A = group_advantages(tensor([[1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]]))
-    old = tokrl.token_logprobs(sampler, prompts, tokens).detach()
-    of_logprobs = {}
-    of_parameters = {}
-    for kind in TRANSFORMS:
-        logprobs = tokrl.token_logprobs(policy, prompts, tokens)
-        logprobs.retain_grad()
-        off = weigh("seq", "off", logprobs, old, A, mask)
-        w = weigh("seq", kind, logprobs, old, A, mask)
-        w = torch.where(shared_tokens(tokens)[:, None], w, off)
-        policy.zero_grad()
-        policy_loss(logprobs, w, A).backward()
-        of_logprobs[kind] = logprobs.grad
-        of_parameters[kind] = torch.cat([p.grad.flatten() for p in policy.parameters()])
-
-    def apart(gradients, one, other):
-        return ((gradients[one] - gradients[other]).norm() / gradients[other].norm()).item()
-
-    for one, other in [("min", "mean"), ("min", "orth"), ("mean", "orth")]:
-        assert apart(of_parameters, one, other) < 1e-12
-        assert apart(of_logprobs, one, other) > 1e-4
-    assert apart(of_parameters, "off", "min") > 1e-4
-    assert apart(of_parameters, "shrink", "min") > 1e-4
 
 
 # ---- 7. The loss
-def test_policy_loss_by_hand():
+def test_policy_loss_and_net_push_by_hand():
     # −½ [1 · ½ · (−1) + 1 · ½ · (−3) + (−1) · ¼ · (−2)] = −½ (−½ − 1.5 + ½) = 0.75
-    logprobs = tensor([[[-1.0, -3.0], [-2.0, -INF]]]).requires_grad_()  # −inf off the mask
-    loss = policy_loss(logprobs, tensor([[[0.5, 0.5], [0.25, 0.0]]]), tensor([[1.0, -1.0]]))
+    logprobs = tensor([[[-1.0, -3.0], [-2.0, -7.0]]]).requires_grad_()
+    w = tensor([[[0.5, 0.5], [0.25, 0.0]]])
+    loss = policy_loss(logprobs, w, UP_DOWN)
     loss.backward()
     assert loss.item() == 0.75
-    assert close(logprobs.grad, tensor([[[-0.25, -0.25], [0.125, 0.0]]]))
+    assert_close(logprobs.grad, tensor([[[-0.25, -0.25], [0.125, 0.0]]]))
+    # |1 · ½ − 1 · ¼| / 2, |1 · ½ − 0| / 2
+    assert_close(net_push(w, UP_DOWN), tensor([[0.125, 0.25]]))
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
-@pytest.mark.parametrize("loss", LOSSES)
-def test_policy_loss_gradient_is_advantage_times_weight(loss, kind):
-    logprobs, old, A, mask = random_case(0)
-    mask[1, 2] = False  # an empty trajectory adds nothing, and counts in BG = 15
-    w = weigh(loss, kind, logprobs.requires_grad_(), old, A, mask)
+@pytest.mark.parametrize("loss", WEIGHTS)
+def test_policy_loss_has_no_gradient_through_weights_or_advantages(loss):
+    logprobs = (OLD + RATIO.log()).requires_grad_()
+    A = ADVANTAGES.clone().requires_grad_()  # as from a reward model that is being trained
+    w = effective_weights(loss, logprobs, logprobs - RATIO.log(), A, MASK)
     assert not w.requires_grad
     ratio = (logprobs - logprobs.detach()).exp()  # 1, but with a graph that must stay out
     policy_loss(logprobs, w * ratio, A).backward()
-    assert close(logprobs.grad, -A[..., None] * w / 15)
+    assert_close(logprobs.grad, -ADVANTAGES[..., None] * WEIGHTS[loss] / 4)
+    assert A.grad is None
 
 
-def test_net_push_by_hand():
-    # |1 · 2 + (−1) · 5| / 2 = 1.5, |1 · 3 − 3| / 2 = 0
-    w = tensor([[[2.0, 3.0], [5.0, 3.0]]])
-    assert torch.equal(net_push(w, tensor([[1.0, -1.0]])), tensor([[1.5, 0.0]]))
-
-
-def beside_no_signal(loss, kind, old_logprob):
-    """Gradient and net push of two groups, the first with Â = 0 and this old log-probability."""
-    logprobs = torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[-0.3, -0.9], [-0.4, -0.2]]])
-    old = torch.tensor([[[old_logprob, 0.0], [0.0, 0.0]], [[-0.4, -0.7], [-0.5, -0.3]]])
-    A = torch.tensor([[0.0, 0.0], [1.0, -1.0]])
-    w = weigh(loss, kind, logprobs.requires_grad_(), old, A, torch.ones(2, 2, 2))
+@pytest.mark.parametrize("kind", tokrl.TRANSFORMS)
+def test_trajectory_without_advantage_adds_exactly_0_even_at_an_infinite_ratio(kind):
+    # inf · 0 is nan; what the others add, −(±1) · 2 / 3, stays as it is
+    logprobs = torch.zeros(1, 3, 1).double().requires_grad_()
+    A = tensor([[0.0, 1.0, -1.0]])
+    w = transform_weights(tensor([[[INF], [2.0], [2.0]]]), A, logprobs == 0, kind)
     policy_loss(logprobs, w, A).backward()
-    return logprobs.grad, net_push(w, A)
+    assert_close(logprobs.grad, tensor([[[0.0], [-2 / 3], [2 / 3]]]))
+    assert_close(net_push(w, A), tensor([[0]]))
 
 
-@pytest.mark.parametrize("old_logprob", [-90.0, -200.0, -INF, NAN])  # the ratio e^90 is inf
-@pytest.mark.parametrize("loss", LOSSES)
-def test_policy_loss_and_net_push_of_a_group_without_signal_are_exactly_0(loss, old_logprob):
-    for kind in TRANSFORMS:
-        gradient, push = beside_no_signal(loss, kind, old_logprob)
-        healthy_gradient, healthy_push = beside_no_signal(loss, kind, 0.0)
-        assert (gradient[0] == 0).all()
-        assert (push[0] == 0).all()
-        assert torch.equal(gradient[1], healthy_gradient[1])
-        assert torch.equal(push[1], healthy_push[1])
+def test_min_and_orth_where_all_agree_give_the_parameters_one_gradient():
+    # A shared token is one log-probability of the network: where its pushes cancel nothing is left
+    # of them, whatever each of them was.
+    policy = random_policy(1)
+    prompts = tokrl.prompt_tokens(["75="])
+    tokens = tokrl.completion_tokens(["7+5=12", "7+5=21", "7+9=12"], 7)[None]
+    mask = tokrl.completion_mask(tokens)
+    old = tokrl.token_logprobs(random_policy(2), prompts, tokens).detach()
+    weights = {}
+    gradients = {}
+    for kind in tokrl.TRANSFORMS:
+        logprobs = tokrl.token_logprobs(policy, prompts, tokens)
+        w = effective_weights("seq", logprobs, old, A3, mask)
+        w[..., :2] = transform_weights(w, A3, mask, kind)[..., :2]  # all agree on "7+"
+        weights[kind] = w
+        loss = policy_loss(logprobs, w, A3)
+        gradients[kind] = torch.autograd.grad(loss, policy.head.weight)[0]
+    assert (weights["min"] - weights["orth"]).abs().max() > 1e-3
+    assert (gradients["min"] - gradients["off"]).abs().max() > 1e-3
+    assert_close(gradients["min"], gradients["orth"])
 
 
-def test_net_push_of_a_trajectory_without_advantage_or_weight_is_exactly_0():
-    # |1 · 1| / 2, whatever the other's weight, or advantage
-    assert net_push(tensor([[[1.0], [INF]]]), tensor([[1.0, 0.0]])).item() == 0.5
-    assert net_push(tensor([[[1.0], [0.0]]]), tensor([[1.0, NAN]])).item() == 0.5
+# What the paper derives, on numbers
+def test_section4_two_trajectories():
+    # Â = −A and A, A = 3; a shared token of ratio ρ = 2; the other tokens' ratios multiply to
+    # u_1 = ½ and u_2 = 4. The gradient at the shared log-probability x, of −loss:
+    #   factorised  ½ (−A ρ + A ρ) = 0
+    #   seq         ½ (−A ρ u_1 + A ρ u_2) = A ρ (u_2 − u_1) / 2 = 3 · 2 · 3.5 / 2 = 10.5
+    A = tensor([[-3.0, 3.0]])
+    mask = torch.ones(1, 2, 2).bool()
+    for loss, clip_eps, want in [("dr_grpo", INF, 0.0), ("prefix", None, 0.0), ("seq", None, 10.5)]:
+        x = tensor(2.0).log().requires_grad_()
+        logprobs = torch.stack([x.expand(2), tensor([0.5, 4.0]).log()], -1)[None]  # (1,2,2)
+        w = effective_weights(loss, logprobs, logprobs * 0, A, mask, clip_eps, max_length=1)
+        policy_loss(logprobs, w, A).backward()
+        assert_close(-x.grad, tensor(want))
 
 
-OVERFLOW = tensor([[[INF], [2.0], [2.0]]])
+def one_step(tokens, weights, advantages, eta):
+    """log p before and after a step on the logits of p = (.6, .3, .1), from one-token completions."""
+    logits = tensor([0.6, 0.3, 0.1]).log().requires_grad_()
+    before = logits.log_softmax(-1)
+    logprobs = before[tokens][None, :, None]  # (1,G,1)
+    policy_loss(logprobs, tensor(weights)[None, :, None], tensor([advantages])).backward()
+    after = (logits - eta * logits.grad).log_softmax(-1)
+    return before.detach(), after.detach()
 
 
-def test_policy_loss_and_net_push_refuse_a_ratio_that_has_overflowed():
-    for w, A in [(OVERFLOW, A3), (OVERFLOW, -A3), (OVERFLOW * NAN, A3)]:
-        with pytest.raises(ValueError, match="inf or nan: a ratio"):
-            policy_loss(w * 0, w, A)
-        with pytest.raises(ValueError, match="inf or nan: a ratio"):
-            net_push(w, A)
+def test_prop31_what_does_not_cancel_moves_the_policy():
+    # Two trajectories share output a, with Â = −1 and 1 and weights 1 and 3: (−1 + 3) / 2 = 1 is
+    # left, so g = e_a − p = (.4, −.3, −.1).
+    # gᵀFg = Σ p g² − (Σ p g)² = .6 · .16 + .3 · .09 + .1 · .01 − (.24 − .09 − .01)²
+    #      = .124 − .0196 = .1044, so KL = ½ η² · .1044
+    eta = 1e-4
+    before, after = one_step([0, 0], [1.0, 3.0], [-1.0, 1.0], eta)
+    kl = (after.exp() * (after - before)).sum().item()
+    assert kl == pytest.approx(0.5 * eta**2 * 0.1044, rel=1e-3)
+    # with equal weights nothing is left, and nothing moves
+    before, after = one_step([0, 0], [2.0, 2.0], [-1.0, 1.0], eta)
+    assert_close(after, before)
 
 
-def test_min_is_finite_beside_a_ratio_that_has_overflowed_the_others_spread_it():
-    assert (transform_weights(OVERFLOW, A3, ALL, "min") == 2).all()
-    for kind in ("mean", "shrink", "orth"):
-        with pytest.raises(ValueError, match="inf or nan: a ratio"):
-            net_push(transform_weights(OVERFLOW, A3, ALL, kind), A3)
+def test_cor32_equal_weights_move_the_log_odds_all_the_same():
+    # Outputs a and b, both with weight ½ and Â = 2, a mean over 2: the logits move by
+    # η ½ [(e_a − p) + (e_b − p)], the log-odds of a and b by
+    # η ½ [(1 − 1.2) − (1 − .6)] = −0.3 η: not 0, although the weights are equal
+    for eta in (0.01, 1.0):
+        before, after = one_step([0, 1], [0.5, 0.5], [2.0, 2.0], eta)
+        moved = (after - before)[0] - (after - before)[1]
+        assert_close(moved, tensor(-0.3 * eta))
+
+
+COR33 = {  # loss, ratios of two tokens of three trajectories, |Σ Â w| / 3 with Â = (1, 1, −2)
+    "does not cancel": ("seq", [[1, 2], [1, 3], [1, 4]], 1),  # 2 + 3 − 2 · 4 = −3
+    "first inner step": ("seq", [[1, 1], [1, 1], [1, 1]], 0),
+    "identical completions": ("seq", [[2, 3], [2, 3], [2, 3]], 0),  # 6 + 6 − 2 · 6
+    "unequal weights by accident": ("seq", [[1, 1], [1, 3], [1, 2]], 0),  # 1 + 3 − 2 · 2
+    # s = sqrt(r_1 r_2) = 2, 2 and ½, each outside 1 ± 0.04 on the side of its Â
+    "a fully clipped group": ("gspo", [[1, 4], [4, 1], [1, 0.25]], 0),
+}
+
+
+@pytest.mark.parametrize("name", COR33)
+def test_cor33_sequence_weights_do_not_cancel_but_for_exceptions(name):
+    loss, ratios, want = COR33[name]
+    log_r = tensor([ratios]).log()
+    w = effective_weights(loss, log_r, log_r * 0, A3, log_r < INF, max_length=1)
+    assert_close(net_push(w, A3), tensor([[want, want]]))
 
 
 X = torch.zeros(1, 2, 3)
 A2 = torch.zeros(1, 2)
-EMPTY = torch.zeros(0, 2, 3)
-ADDED = torch.tensor([[[0.0, 0.0, -INF]] * 2])  # a mask that is added, not multiplied
-sample = functools.partial(sample_groups, random_policy(), torch.zeros(1, 3).long(), 2)
-WRONG_ARGUMENTS = [  # what the message says, function, arguments
-    ("loss must be", effective_weights, ("ppo", X, X, A2, X)),
-    ("B,G,T", effective_weights, ("seq", X, X, A2, X[0])),
-    ("B,G,T", effective_weights, ("seq", X[0], X, A2, X)),
-    ("B,G,T", effective_weights, ("seq", X, X[..., :1], A2, X)),
-    ("B,G,T", effective_weights, ("seq", X[0], X[0], A2, X[0])),
-    ("B,G,T", effective_weights, ("seq", EMPTY, EMPTY, A2[:0], EMPTY)),
-    ("mask must be", effective_weights, ("seq", X, X, A2, ADDED)),
-    ("clip_eps", effective_weights, ("gspo", X, X, A2, X, 0)),
-    ("clip_eps", effective_weights, ("gspo", X, X, A2, X, (1, -1))),
-    ("max_length", effective_weights, ("seq", X, X, A2, X, None, 0)),
-    ("max_length", effective_weights, ("seq", X, X, A2, X, None, -3)),
-    ("transform must be", transform_weights, (X, A2, X, "on")),
-    ("B,G,T", transform_weights, (X[..., :2], A2, X, "min")),
-    ("mask must be", transform_weights, (X, A2, ADDED, "off")),
-    ("B,G,T", policy_loss, (X, X, A2[..., None])),
-    ("B,G,T", policy_loss, (EMPTY, EMPTY, A2[:0])),
-    ("B,G,T", net_push, (X, A2[..., None])),
-    ("rewards", group_advantages, (A2[0],)),
-    ("rewards", group_advantages, (A2[:0],)),
-    ("rewards", group_advantages, (A2.long(),)),
-    ("finite", group_advantages, (torch.tensor([[1.0, NAN]]),)),
-    ("counted", group_advantages, (A2, True, A2[0])),
-    ("mask must be", group_advantages, (A2, True, A2 - INF)),
-    ("duplicates must be", credit, (X.long(), A2, "onse")),
-    ("B,G,T", credit, (X[0].long(), A2, "once")),
-    ("fork must be in 0..7; got 8", sample, (8, 8, None)),
-    ("fork must be in 0..7; got -1", sample, (-1, 8, None)),
-]
-
-
-@pytest.mark.parametrize("says, function, arguments", WRONG_ARGUMENTS)
-def test_wrong_arguments_raise_and_are_named(says, function, arguments):
-    with pytest.raises(ValueError, match=says):
-        function(*arguments)
-
-
-def test_config_off_acts_nowhere_whatever_at_says():
-    assert Config(transform="off", at="shared") == Config(transform="off")
-    assert Config(transform="min", at="shared") != Config(transform="min")
-
-
-def test_config_takes_inf_where_it_means_no_limit_and_no_clip():
-    assert Config(max_grad_norm=INF).max_grad_norm == INF
-    assert Config(loss="grpo", clip_eps=INF).clip_eps == INF
-
-
-WRONG_FIELDS = {
-    "loss": ["ppo"],
-    "at": ["fork"],
-    "lr": [0, INF, NAN],
-    "kl": [-0.1, INF, NAN],
-    "max_grad_norm": [0.0, NAN],
-    "fork": [-1, 8],
-    "group_size": [1],
-    "steps": [0, 1.5, True],
-    "clip_eps": [0.2],  # seq has no clip
+REFUSED = {
+    "unknown loss 'ppo'": lambda: effective_weights("ppo", X, X, A2, X == 0),
+    "unknown transform 'on'": lambda: transform_weights(X, A2, X == 0, "on"),
+    "lr must be at least 0": lambda: Config(lr=NAN),
+    "clip_eps: seq has no clip": lambda: Config(clip_eps=0.2),
+    "a mask of floats": lambda: effective_weights("seq", X, X, A2, X),
+    "a column of advantages": lambda: policy_loss(X, X, A2[..., None]),
 }
 
 
-@pytest.mark.parametrize("field", WRONG_FIELDS)
-def test_config_refuses_and_names_the_field(field):
-    for value in WRONG_FIELDS[field]:
-        with pytest.raises(ValueError, match=field):
-            Config(**{field: value})
+@pytest.mark.parametrize("says", REFUSED)
+def test_wrong_arguments_are_refused(says):
+    with pytest.raises((ValueError, AssertionError)) as error:
+        REFUSED[says]()
+    assert error.type is AssertionError or says in str(error.value)
 
 
 # ---- 8. Warm start
 def test_warm_start_step_by_step(monkeypatch):
     monkeypatch.setattr(tokrl, "Policy", lambda generator: Policy(generator).double())
     task = TASKS["chain"]
-    got = tokrl.cached_warm_start.__wrapped__(task, 5, steps=2)  # without the cache
-    policy = Policy(named_generator(5, "initialisation")).double()
+    got = tokrl.warm_start(task, 5, steps=2)
+
+    policy = Policy(generator(5, "initialisation")).double()
     adam = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     rng = random.Random("5 demonstrations")
     for lr in (2e-3, 1e-3):
         prompts = [rng.choice(task.prompts()) for _ in range(64)]
-        scored = []  # log-probabilities of the tokens of all demonstrations
-        for prompt in prompts:
-            ids = encode(prompt) + encode(task.demonstration(prompt, rng)) + [EOS]
-            log_p = every_row(policy, torch.tensor([ids[:-1]]))[0]
-            scored += [log_p[t - 1, ids[t]] for t in range(len(prompt), len(ids))]
+        scored = [logprobs_along(policy, p, task.demonstration(p, rng))[1] for p in prompts]
         adam.param_groups[0]["lr"] = lr
         adam.zero_grad()
-        (-torch.stack(scored).mean()).backward()
+        (-torch.cat(scored).mean()).backward()
         adam.step()
-    assert same_parameters(got, policy, 1e-7)
-
-
-def test_warm_start_returns_its_own_copy_each_time(monkeypatch):
-    short = functools.partial(tokrl.cached_warm_start, steps=2)
-    monkeypatch.setattr(tokrl, "cached_warm_start", short)
-    first = tokrl.warm_start(COMMUTE, 0)
-    kept = copy.deepcopy(first)
-    torch.nn.init.zeros_(first.head.weight)
-    assert same_parameters(tokrl.warm_start(COMMUTE, 0), kept)
-
-
-@pytest.mark.slow
-def test_warm_start_is_right_about_a_third_of_the_time_and_evenly():
-    policy = tokrl.warm_start(COMMUTE, 100)
-    measures = tokrl.evaluate(policy, COMMUTE, policy)
-    assert 0.2 < measures["accuracy"] < 0.45  # five seeds: 0.26 to 0.38
-    assert measures["solution_entropy"] > 0.85
+    assert_close(parameters(got), parameters(policy), 1e-7)
+    another = tokrl.warm_start(task, 5, steps=1)
+    assert another is not got and another.head.weight.requires_grad, "to be trained, not shared"
 
 
 # ---- 9. Collect and update
-def test_collect_draws_samples_and_rewards_as_configured():
-    task = TASKS["chain"]
-    policy = Policy(named_generator(0, "test"))
+def test_share_reward_by_hand():
+    # Group 1: of 5, 6, 5, 5 three are copies, and 6 / 3 = 2. Group 2 has each completion once, and
+    # does not see the first.
+    tokens = torch.tensor([[[5, 1], [6, 1], [5, 1], [5, 1]], [[5, 1], [6, 1], [5, 2], [7, 1]]])
+    got = tokrl.share_reward(tokens, tensor([[6, 6, 6, 0], [1, 0, 1, 1]]))
+    assert_close(got, tensor([[2, 6, 2, 0], [1, 0, 1, 1]]))
+
+
+def test_collect_draws_samples_and_rewards_as_configured(monkeypatch):
+    monkeypatch.setattr(Task, "reward", lambda self, prompt, text: int(prompt[0]) + 10 * len(text))
     config = Config(task="chain", fork=3, group_size=5, prompts=200)
-    generator = named_generator(0, "sampling")
-    prompts, tokens, rewards = tokrl.collect(policy, task, config, generator)
-    assert (prompts.shape, tokens.shape, rewards.shape) == ((200, 6), (200, 5, 7), (200, 5))
+    inputs = (Policy(generator(0, "test")), TASKS["chain"], config, generator(0, "sampling"))
+    prompts, tokens, rewards = tokrl.collect(*inputs)
     texts = [decode(row) for row in prompts]
-    assert set(texts) <= set(task.prompts())
+    assert tokens.shape == (200, 5, 7)
     assert 65 < len(set(texts)) < 84  # 84 (1 − e^(−200/84)) = 76
-    assert shared_tokens(tokens)[:, :3].all()
-    assert shared_tokens(tokens)[:, 3].float().mean() < 0.7
-    another, _, _ = tokrl.collect(policy, task, config, generator)
-    assert not torch.equal(another, prompts)
-
-    # a task that accepts what was sampled third: the same draws, judged otherwise
-    right = {prompt: ("",) for prompt in task.prompts()}
+    agree = (tokens == tokens[:, :1]).all(1)
+    assert agree[:, :3].all() and agree[:, 3].float().mean() < 0.7
     for b in range(200):
-        right[texts[b]] = (decode(tokens[b, 2]),)
-    task = replace(task, table=right)
-    _, again, rewards = tokrl.collect(policy, task, config, named_generator(0, "sampling"))
-    assert torch.equal(again, tokens)
-    for b, i in itertools.product(range(200), range(5)):
-        assert rewards[b, i] == float(decode(tokens[b, i]) in right[texts[b]])
-    assert 70 < rewards.sum() < 1000
+        want = [int(texts[b][0]) + 10 * len(decode(row)) for row in tokens[b]]
+        assert rewards[b].tolist() == want
+    assert not torch.equal(tokrl.collect(*inputs)[0], prompts), "others, the next time"
 
 
-def rollout(*groups):
-    """Groups for "75=" and "31=" -> prompts, tokens, and rewards, some of each."""
-    tokens = []
-    for group in groups:
-        tokens.append([encode(text.ljust(8, VOCAB[PAD])) for text in group])
-    rewards = tensor([[1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]])
-    return tokrl.prompt_tokens(["75=", "31="]), torch.tensor(tokens), rewards
+# Copies, unequal lengths, a sampled PAD; nobody reaches the eighth place. The first group shares
+# four tokens, the second one.
+PROMPT_TOKENS = tokrl.prompt_tokens(["75=", "31="])
+FIRST = ["7+5=1", "7+5=1", "7+5=_2", "7+5=", "7+5=9", "7+5=1"]
+SECOND = ["3", "3+1=", "3", "3", "31==4", "3+4="]
+TOKENS = tokrl.completion_tokens(FIRST + SECOND, 8).unflatten(0, (2, 6))
+REWARDS = tensor([[1, 1, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0]])
+ROLLOUT = (PROMPT_TOKENS, TOKENS, REWARDS)
 
 
-# Copies, unequal lengths, a sampled PAD, two without EOS. The fourth token is always "=" and never
-# shared, as the groups have branched before.
-LONG = rollout(
-    ["7+5=12.", "7+5=12.", "7+1=5.", "7+5=12.", "7+_=12.", "7+5=12."],
-    ["3+1=4.", "3+1=4.", "3+1=22.", "3+9=4.", "3+1=", "3+1=2222"],
-)
-# Nobody reaches the seventh place. The first group shares four tokens, the second one.
-SHORT = rollout(
-    ["7+5=1.", "7+5=1.", "7+5=2.", "7+5=.", "7+5=9.", "7+5=1."],
-    ["3.", "3+1.", "3.", "3.", "31.", "3+4."],
-)
-
-
-def shared_by_hand(tokens):
-    """At which tokens a group has a single opening, that token included: (B,1,T)."""
-    B, _, T = tokens.shape
-    shared = torch.zeros(B, 1, T, dtype=torch.bool)
-    for b, t in itertools.product(range(B), range(T)):
-        openings = {tuple(row[: t + 1]) for row in tokens[b].tolist()}
-        shared[b, 0, t] = len(openings) == 1
-    return shared
-
-
-def update_by_hand(policy, reference, optimizer, config, prompts, tokens, rewards):
-    """tokrl.update written out: trajectory by trajectory, on parts that are checked above.
-
-    Returns what update returns, the norms of all gradients, and whether a clip has acted.
-    """
-    B, G, T = tokens.shape
-    anchor = every_logprob(reference, prompts, tokens).detach()
-    lengths = torch.full((B, G), T)
-    for b, i in itertools.product(range(B), range(G)):
-        if EOS in tokens[b, i].tolist():
-            lengths[b, i] = tokens[b, i].tolist().index(EOS) + 1
-    A, counted = credit(tokens, rewards, config.duplicates)
-    mask = (torch.arange(T) < lengths[..., None]) & counted[..., None]
-    shared = shared_by_hand(tokens)
-    seen = []
+def update_by_hand(policy, reference, optimizer, config):
+    """tokrl.update on parts that are checked above, with all eight places and no row left out."""
+    anchor = every_logprob(reference, PROMPT_TOKENS, TOKENS).detach()
+    mask = tokrl.completion_mask(TOKENS)
+    share = config.duplicates == "share"
+    rewards = tokrl.share_reward(TOKENS, REWARDS) if share else REWARDS
+    A = tokrl.group_advantages(rewards)
+    acts = torch.ones(2, 1, 8).bool()
+    if config.at != "all":
+        acts = tokrl.shared_tokens(TOKENS)[:, None] == (config.at == "shared")
+    total_push = 0.0
     for inner in range(config.inner_steps):
-        every = every_logprob(policy, prompts, tokens)  # (B,G,T,V)
-        log_p = every.gather(-1, tokens[..., None])[..., 0]
+        every = every_logprob(policy, PROMPT_TOKENS, TOKENS)  # (2,6,8,V)
+        log_p = every.gather(-1, TOKENS[..., None])[..., 0]
         if inner == 0:
             old = log_p.detach()  # of the policy that sampled, at every inner step
-        off = weigh(config.loss, "off", log_p, old, A, mask, config.clip_eps)
-        w = weigh(config.loss, config.transform, log_p, old, A, mask, config.clip_eps)
-        if config.at == "shared":
-            w = torch.where(shared, w, off)
-        elif config.at == "rest":
-            w = torch.where(shared, off, w)
-        loss = 0.0
-        kl = 0.0
-        for b, i in itertools.product(range(B), range(G)):
-            n = lengths[b, i]
-            loss = loss - (A[b, i] * w[b, i] * log_p[b, i])[:n].sum() / (B * G)
-            terms = (every[b, i].exp() * (every[b, i] - anchor[b, i])).sum(-1)
-            kl = kl + terms[:n].mean() / (B * G)  # over every completion, copies too
+        off = effective_weights(config.loss, log_p, old, A, mask, config.clip_eps)
+        w = torch.where(acts, transform_weights(off, A, mask, config.transform), off)
+        terms = (every.exp() * (every - anchor)).sum(-1)
+        kl = sum(terms[b, i][mask[b, i]].mean() / 12 for b in range(2) for i in range(6))
         optimizer.zero_grad()
-        (loss + config.kl * kl).backward()
+        (policy_loss(log_p, w, A) + config.kl * kl).backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        assert norm > config.max_grad_norm, "the limit on the norm bites"
         optimizer.step()
-        push = (A[..., None] * w)[..., : config.fork].sum(1).abs() / G
-        seen.append([push.mean(), kl.detach(), norm])
-    push, kl, norm = np.array(seen).T
-    result = {"net_push": push.sum(), "kl": kl.mean(), "grad_norm": norm.mean()}
-    return result | {"reward": rewards.mean().item()}, norm, (off[mask] == 0).any()
+        total_push += net_push(w, A)[:, : config.fork].mean().item()
+    return total_push
 
 
-GSPO = Config(loss="gspo", clip_eps=0.01)
 UPDATES = {
-    "seq min": Config(transform="min", max_grad_norm=0.5),
-    "seq min at shared": Config(transform="min", at="shared", max_grad_norm=0.5),
-    "seq orth at rest": Config(transform="orth", at="rest", max_grad_norm=0.5),
-    "prefix": Config(loss="prefix", fork=7, max_grad_norm=0.5),
-    "cispo mean": Config(loss="cispo", transform="mean", fork=0, max_grad_norm=0.3),
-    "gspo once": replace(GSPO, duplicates="once", kl=0.7, max_grad_norm=0.6),
-    "gspo min without kl": replace(GSPO, transform="min", kl=0.0, max_grad_norm=0.05),
-    "grpo share": Config(loss="grpo", duplicates="share", kl=0.3, max_grad_norm=0.3),
+    "seq min": Config(transform="min"),
+    "seq min at shared": Config(transform="min", at="shared"),
+    "seq orth at rest": Config(transform="orth", at="rest"),
+    "prefix, fork 8 of 8": Config(loss="prefix", fork=7),
+    "cispo, fork 0": Config(loss="cispo", fork=0),
+    "gspo min, much kl": Config(loss="gspo", clip_eps=0.01, transform="min", kl=0.7),
+    "grpo share, no kl": Config(loss="grpo", duplicates="share", kl=0.0),
 }
 
 
 @pytest.mark.parametrize("name", UPDATES)
 def test_update_step_by_step(name):
-    config = replace(UPDATES[name], inner_steps=4, lr=3e-3)
+    config = replace(UPDATES[name], inner_steps=4, lr=3e-3, max_grad_norm=0.01)
     mine = random_policy(1)
     its = random_policy(1)
     reference = random_policy(2)
     adam = torch.optim.AdamW(mine.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    optimizer = tokrl.adamw(its, config.lr)
-    for sampled in (LONG, SHORT):
-        want, norms, clipped = update_by_hand(mine, reference, adam, config, *sampled)
-        got = tokrl.update(its, reference, optimizer, config, *sampled)
-        assert got == pytest.approx(want, rel=1e-6, abs=1e-12, nan_ok=True)
-        assert (norms > config.max_grad_norm).any(), "the limit on the norm bites"
-        assert clipped == (config.loss in ("gspo", "grpo"))
-    assert same_parameters(its, mine, 1e-7)
-    assert same_parameters(reference, random_policy(2))
-
-
-UNENDED = rollout(["7+5=1222"] * 6, ["3+1=4444"] * 6)
-
-
-def kl_between(policy, other) -> float:
-    """KL(policy ‖ other), mean over the tokens of a group whose completions have no EOS."""
-    prompts, tokens, _ = UNENDED
-    log_p = every_logprob(policy, prompts, tokens)
-    log_q = every_logprob(other, prompts, tokens)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-
-
-def update_without_signal(policy, kl: float) -> dict:
-    """An update with equal rewards, so that only the KL to random_policy(2) is left."""
-    prompts, tokens, rewards = UNENDED
-    optimizer = tokrl.adamw(policy, 1e-3)
-    config = Config(kl=kl)
-    return tokrl.update(policy, random_policy(2), optimizer, config, prompts, tokens, rewards * 0)
-
-
-def test_kl_penalty_points_to_the_reference():
-    policy = random_policy(1)
-    before = kl_between(policy, random_policy(2))
-    update_without_signal(policy, kl=1.0)
-    assert kl_between(policy, random_policy(2)) < 0.9 * before
-
-
-def test_kl_is_of_the_policy_to_the_reference_not_the_other_way_round():
-    policy = random_policy(1)
-    report = update_without_signal(policy, kl=0.0)
-    assert report["kl"] == pytest.approx(kl_between(policy, random_policy(2)), rel=1e-9)
-    assert report["kl"] != pytest.approx(kl_between(random_policy(2), policy), rel=1e-4)
-
-
-def update_refused(policy, reference, says):
-    """An update raises ValueError, and no parameter has moved."""
-    before = copy.deepcopy(policy)
-    with pytest.raises(ValueError, match=says):
-        tokrl.update(policy, reference, tokrl.adamw(policy, 1e-3), Config(), *LONG)
-    assert same_parameters(policy, before)
-
-
-def test_update_stops_before_the_optimizer_where_the_loss_is_not_finite():
-    reference = random_policy(2)
-    torch.nn.init.constant_(reference.head.weight, NAN)
-    update_refused(random_policy(1), reference, "loss nan")
+    want = update_by_hand(mine, reference, adam, config)
+    got = tokrl.update(its, reference, tokrl.adamw(its, config.lr), config, *ROLLOUT)
+    assert got == pytest.approx(want, rel=1e-6, abs=1e-12, nan_ok=True)
+    assert_close(parameters(its), parameters(mine), 1e-7)
 
 
 def test_update_stops_before_the_optimizer_where_the_gradient_is_not_finite():
     policy = random_policy(1)
     policy.head.weight.register_hook(lambda gradient: gradient * INF)
-    update_refused(policy, random_policy(2), r"loss -?\d.*, gradient norm (inf|nan)")
-
-
-def test_update_stops_before_the_optimizer_where_a_ratio_overflows(monkeypatch):
-    monkeypatch.setattr(tokrl, "effective_weights", lambda *_: torch.full((2, 6, 8), INF))
-    update_refused(random_policy(1), random_policy(2), "a ratio")
+    with pytest.raises(FloatingPointError, match="gradient norm (inf|nan)"):
+        tokrl.update(policy, random_policy(2), tokrl.adamw(policy, 1e-3), Config(), *ROLLOUT)
+    assert_close(parameters(policy), parameters(random_policy(1)))
 
 
 # ---- 10. Exact measures, against sums written out
-def with_prompts(task, solutions: dict) -> Task:
+def with_prompts(name, solutions: dict) -> Task:
     """The task with these prompts only, and so many of their solutions."""
-    table = {prompt: task.table[prompt][:n] for prompt, n in solutions.items()}
-    return replace(task, name=f"some {task.name}", table=table)
+    table = {prompt: TASKS[name].table[prompt][:n] for prompt, n in solutions.items()}
+    return replace(TASKS[name], name=f"some {name}", table=table)
 
 
-MIXED = with_prompts(COMMUTE, {"75=": 2, "41=": 1})
-
-
-def log_probability(policy, prompt, text):
-    """log π(text and its EOS | prompt), token by token."""
-    ids = encode(prompt) + encode(text) + [EOS]
-    rows = every_row(policy, torch.tensor([ids[:-1]]))[0].tolist()
-    return sum(rows[t - 1][ids[t]] for t in range(len(prompt), len(ids)))
+MIXED = with_prompts("commute", {"75=": 2, "41=": 1})
 
 
 @pytest.mark.parametrize("task", [*TASKS.values(), MIXED], ids=lambda task: task.name)
-def test_measures_by_brute_force(task):
+def test_evaluate_by_brute_force(task):
     policy = random_policy(3)
     start = random_policy(4)
-    accuracy = []
-    entropy = []
-    drift = []
+    rows = []
     for prompt in task.prompts():
-        now = np.array([log_probability(policy, prompt, y) for y in task.solutions(prompt)])
-        then = np.array([log_probability(start, prompt, y) for y in task.solutions(prompt)])
-        accuracy.append(np.exp(now).sum())
-        if len(now) > 1:
+        right = task.solutions(prompt)
+        now = np.array([logprobs_along(policy, prompt, y)[1].sum().item() for y in right])
+        then = np.array([logprobs_along(start, prompt, y)[1].sum().item() for y in right])
+        row = [np.exp(now).sum(), NAN, NAN]  # one solution has neither entropy nor drift
+        if len(right) > 1:
             q = np.exp(now) / np.exp(now).sum()
-            entropy.append(-(q * np.log(q)).sum() / math.log(len(q)))
-            pairs = itertools.combinations(now - then, 2)
-            drift.append(np.mean([abs(a - b) for a, b in pairs]))
-    want = {
-        "accuracy": np.mean(accuracy),
-        "solution_entropy": np.mean(entropy) if entropy else NAN,
-        "solution_drift": np.mean(drift) if drift else NAN,
-    }
+            row[1] = -(q * np.log(q)).sum() / math.log(len(q))
+            row[2] = np.mean([abs(a - b) for a, b in itertools.combinations(now - then, 2)])
+        rows.append(row)
+    means = tensor(rows).nanmean(0).tolist()
+    want = dict(zip(["accuracy", "solution_entropy", "solution_drift"], means, strict=True))
     assert tokrl.evaluate(policy, task, start) == pytest.approx(want, rel=1e-7, nan_ok=True)
 
 
-def test_measures_take_the_start_as_a_policy_or_as_its_solution_logprobs():
-    policy = random_policy(3)
-    start = random_policy(4)
-    logprobs = tokrl.solution_logprobs(start, MIXED)
-    assert tokrl.evaluate(policy, MIXED, logprobs) == tokrl.evaluate(policy, MIXED, start)
-    assert tokrl.evaluate(policy, MIXED, policy)["solution_drift"] == 0.0
-
-
-SOME_SPLIT = with_prompts(TASKS["split"], {"04=": 6, "06=": 15})
-TAXED = [(MIXED, 2), (MIXED, 0), (SOME_SPLIT, 6), (TASKS["add"], 1)]
+TAXED = [(MIXED, 2), (MIXED, 0), (with_prompts("split", {"06=": 15}), 6), (TASKS["add"], 1)]
 
 
 @pytest.mark.parametrize("task, fork", TAXED, ids=lambda x: getattr(x, "name", x))
 def test_learning_tax_by_brute_force(task, fork):
     after = random_policy(3)
     before = random_policy(4)
-
-    @functools.cache
-    def kl(ids):
-        p = every_row(after, torch.tensor([ids]))[0, -1]
-        q = every_row(before, torch.tensor([ids]))[0, -1]
-        return (p.exp() * (p - q)).sum().item()
-
     by_prompt = []
     for prompt in task.prompts():
         openings = []
         for solution in task.solutions(prompt):
-            ids = encode(solution) + [EOS]
-            length = min(max(fork, 1), len(ids))
-            openings.append(sum(kl((*encode(prompt), *ids[:t])) for t in range(length)))
+            p, _ = logprobs_along(after, prompt, solution)
+            q, _ = logprobs_along(before, prompt, solution)
+            kl = (p.exp() * (p - q)).sum(-1)  # the tokens of the solution, and its EOS
+            openings.append(kl[: max(fork, 1)].sum().item())
         by_prompt.append(np.mean(openings))
     then = tokrl.opening_logprobs(before, task, fork)
     now = tokrl.opening_logprobs(after, task, fork)
     assert tokrl.learning_tax(now, then, task) == pytest.approx(np.mean(by_prompt), rel=1e-9)
 
 
-def test_samples_count_what_is_said_and_mark_what_is_wrong(monkeypatch):
-    def said(policy, prompts, size, fork, length, generator):
-        assert (size, fork, length) == (100, 0, 8)
-        texts = ["5+7=12"] * 60 + ["0"] * 30 + ["3"] * 9 + ["1"]
-        return tokrl.completion_tokens(texts, length).expand(3, -1, -1)
-
-    monkeypatch.setattr(tokrl, "sample_groups", said)
-    task = replace(COMMUTE, table={"75=": ("5+7=12",), "12=": ("3",), "34=": ("7",)})
-    assert sorted(tokrl.samples(None, task, 0).split("\n")) == [
-        "12=  60 x 5+7=12 (wrong),  30 x 0 (wrong),  9 x 3",
-        "34=  60 x 5+7=12 (wrong),  30 x 0 (wrong),  9 x 3 (wrong)",
-        "75=  60 x 5+7=12,  30 x 0 (wrong),  9 x 3 (wrong)",
-    ]
+@pytest.mark.parametrize("prompts, shown", [("a", "a"), ("ab", "ab"), ("abcdefg", "adg")])
+def test_answers_show_three_prompts_from_start_to_now(prompts, shown, monkeypatch):
+    task = replace(TASKS["commute"], table={prompt: ("w", "x", "y", "z") for prompt in prompts})
+    start = tensor([[0.1, 0.1, 0.1, 0.1]])
+    now = tensor([[0.1, 0.2, 0.05, 0.4]])
+    monkeypatch.setattr(tokrl, "solution_logprobs", lambda p, _: p.log().expand(len(prompts), 4))
+    line = "  z  10% →  40%   x  10% →  20%   w  10% →  10%   wrong  60% →  25%"
+    assert tokrl.answers(now, start, task).split("\n") == [prompt + line for prompt in shown]
 
 
 # ---- 11. Train
+TINY = Config(prompts=2, group_size=3, inner_steps=2, steps=1, lr=1e-3)
+
+
 def untrained(task, seed: int) -> Policy:
-    return Policy(named_generator(seed, task.name))
+    return Policy(generator(seed, task.name))
 
 
 @pytest.fixture
-def no_warm_start(monkeypatch):
+def quick(monkeypatch):
     """Runs start untrained, know three prompts, and any completion with a 1 in it is right."""
-    few = with_prompts(COMMUTE, {"75=": 2, "41=": 2, "96=": 2})
-    monkeypatch.setitem(TASKS, "commute", few)
+    task = with_prompts("commute", {"75=": 2, "41=": 2, "96=": 2})
+    monkeypatch.setitem(TASKS, "commute", task)
     monkeypatch.setattr(tokrl, "warm_start", untrained)
     monkeypatch.setattr(Task, "reward", lambda self, prompt, text: float("1" in text))
-
-
-TINY = Config(prompts=2, group_size=3, inner_steps=2, steps=1)
+    return task
 
 
 @pytest.mark.parametrize("fork, steps", [(0, 1), (1, 81)])
-def test_train_step_by_step(fork, steps, no_warm_start):
-    config = replace(TINY, fork=fork, steps=steps, lr=1e-3)
+def test_train_step_by_step(fork, steps, quick):
+    config = replace(TINY, fork=fork, steps=steps)
     result = tokrl.train(config, 7)
 
-    task = TASKS["commute"]
-    reference = untrained(task, 7)
-    policy = untrained(task, 7)
+    start = untrained(quick, 7)
+    policy = untrained(quick, 7)
     optimizer = tokrl.adamw(policy, 1e-3)
-    generator = named_generator(7, "sampling")
+    draws = generator(7, "sampling")
     rows = []
-    seen = []
     tax = 0.0
-    push = 0.0
+    push = 0.0 if fork else NAN
     for k in range(steps + 1):
         if k > 0:
-            before = tokrl.opening_logprobs(policy, task, fork)
-            sampled = tokrl.collect(policy, task, config, generator)
-            seen.append(tokrl.update(policy, reference, optimizer, config, *sampled))
-            after = tokrl.opening_logprobs(policy, task, fork)
-            tax += tokrl.learning_tax(after, before, task)
-            push += seen[-1]["net_push"]  # nan without a fork
+            before = tokrl.opening_logprobs(policy, quick, fork)
+            rollout = tokrl.collect(policy, quick, config, draws)
+            push += tokrl.update(policy, start, optimizer, config, *rollout)
+            tax += tokrl.learning_tax(tokrl.opening_logprobs(policy, quick, fork), before, quick)
         if k % max(1, steps // 40) == 0 or k == steps:  # every second of 81, and the last
             row = {"step": k, "learning_tax": tax, "net_push": push}
-            for name in ("kl", "grad_norm", "reward"):
-                row[name] = np.mean([x[name] for x in seen]) if seen else NAN
-            rows.append(row | tokrl.evaluate(policy, task, reference))
-            seen = []
-    if fork == 0:
-        rows[0]["net_push"] = NAN
+            rows.append(row | tokrl.evaluate(policy, quick, start))
     for name in rows[0]:
         want = [row[name] for row in rows]
         assert result["curves"][name] == pytest.approx(want, rel=1e-4, abs=1e-9, nan_ok=True)
         want = np.mean([row[name] for row in rows if row["step"] > 0.75 * steps])
         assert result["final"][name] == pytest.approx(want, rel=1e-4, abs=1e-9, nan_ok=True)
     assert (result["config"], result["seed"]) == (asdict(config), 7)
-    assert result["samples"] == tokrl.samples(policy, task, 7)
+    assert result["answers"] == tokrl.answers(policy, start, quick)
 
 
-def test_train_takes_the_integers_of_numpy_as_a_seed_and_no_fraction(no_warm_start):
-    seed = tokrl.train(TINY, np.int64(5))["seed"]
-    assert (seed, type(seed)) == (5, int)
-    with pytest.raises(TypeError):
-        tokrl.train(TINY, 5.5)
+def test_train_stops_where_the_last_inner_step_has_broken_the_policy(quick):
+    with pytest.raises(FloatingPointError, match="not finite after rollout 1$"):
+        tokrl.train(replace(TINY, inner_steps=1, lr=INF), 0)
 
 
-def test_train_without_streams_shows_no_bar(no_warm_start, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", None)
-    assert tokrl.train(TINY, 5)["seed"] == 5
+def test_train_twice_gives_the_same_bits(quick):
+    assert tokrl.train(TINY, 3) == tokrl.train(TINY, 3)
 
 
-def test_train_stops_where_it_diverges_and_names_the_rollout(no_warm_start):
-    with pytest.raises(ValueError, match="stopped at rollout 1: "):
-        tokrl.train(replace(TINY, lr=1e9), 5)
-
-
-ON_ONE_THREAD = {
-    "train": lambda: tokrl.train(TINY, 5),
-    "train that diverges": lambda: tokrl.train(replace(TINY, lr=1e9), 5),
-    "warm_start": lambda: tokrl.cached_warm_start.__wrapped__(COMMUTE, 5, steps=1),
-}
-
-
-@pytest.mark.parametrize("name", ON_ONE_THREAD)
-def test_one_thread_is_used_and_the_others_are_given_back(name, no_warm_start, monkeypatch):
-    seen = []
-    adamw = tokrl.adamw
-
-    def spy(policy, lr):
-        seen.append(torch.get_num_threads())
-        return adamw(policy, lr)
-
-    monkeypatch.setattr(tokrl, "adamw", spy)
-    torch.set_num_threads(2)
-    with contextlib.suppress(ValueError):
-        ON_ONE_THREAD[name]()
-    seen.append(torch.get_num_threads())
-    torch.set_num_threads(1)
-    assert seen == [1, 2]
-
-
-# Recorded with layer norms without parameters and without the columns that nobody has reached: both
-# change how sums are rounded, the norms also what is trained, and so these numbers have moved.
-MEASURED = ["accuracy", "solution_entropy", "solution_drift", "learning_tax", "net_push"]
 GOLDEN = {
-    "off": [0.451588, 0.543977, 2.19203, 0.118262, 2.32437],
-    "min": [0.423585, 0.837251, 0.808869, 0.0938773, 0.0],
+    "off": [2.32437, 0.118262, 2.19203, 0.543977, 0.451588],
+    "min": [0.0, 0.0938773, 0.808869, 0.837251, 0.423585],
 }
 
 
@@ -1165,42 +745,111 @@ GOLDEN = {
 def test_train_ends_where_it_ended_when_recorded(transform):
     # a start that differed by rounding (1e-7) ended within 1e-4 of these: 1e-2 leaves ample room
     final = tokrl.train(Config(steps=20, transform=transform), 100)["final"]
-    assert [final[m] for m in MEASURED] == pytest.approx(GOLDEN[transform], rel=1e-2, abs=1e-5)
+    got = [final[name] for name in tokrl.MEASURES]
+    assert got == pytest.approx(GOLDEN[transform], rel=1e-2, abs=1e-5)
 
 
-# ---- 12. For the exercises: python test_tokrl.py blank NAME
-def blank(name: str) -> str:
-    """Replace the body of a function of tokrl.py, its docstring cut to the first line.
-
-    Returns what to do next. ValueError: there is no such function, or tokrl.py is not as committed.
-    """
-    path = HERE / "tokrl.py"
-    back = "`git checkout tokrl.py` brings the original back"
-    differs = subprocess.run(
-        ["git", "diff", "--quiet", "HEAD", "--", "tokrl.py"], check=False, cwd=HERE
-    )
-    if differs.returncode != 0:
-        raise ValueError(f"tokrl.py is not as committed, or this is no git checkout: {back}")
-    source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source)
-    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    if name not in functions:
-        raise ValueError(f"no function {name!r} in tokrl.py; there are {', '.join(functions)}")
-    node = functions[name]
-    summary = ast.get_docstring(node).splitlines()[0]
-    lines = source.splitlines()
-    lines[node.body[0].lineno - 1 : node.end_lineno] = [
-        f'    """{summary}"""',
-        "    raise NotImplementedError",
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"{name} is blank, line {node.lineno} of tokrl.py. Write it again; {back}."
+# ---- 12. A finished run is its file
+def test_run_path_depends_on_configuration_seed_code_and_torch(tmp_path, monkeypatch):
+    configs = [Config(), Config(kl=0.1), Config(max_grad_norm=INF), Config(duplicates="share")]
+    configs += [Config(transform="min"), Config(transform="min", at="rest")]
+    paths = {tokrl.run_path(tmp_path, config, seed) for config in configs for seed in (0, 1)}
+    for module, name in [(tokrl, "CODE"), (torch, "__version__")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, "another")
+            paths.add(tokrl.run_path(tmp_path, Config(), 0))
+    assert len(paths) == 6 * 2 + 2
+    assert tokrl.run_path(tmp_path, Config(fork=2, at="rest"), 0) in paths, "2, and off: no other"
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "blank":
-        sys.exit("usage: python test_tokrl.py blank NAME")
-    try:
-        print(blank(sys.argv[2]))
-    except ValueError as error:
-        sys.exit(f"test_tokrl.py: {error}")
+RUN = {"config": {"max_grad_norm": INF}, "net_push": [NAN, 0.5]}
+
+
+def test_save_run_writes_plain_json(tmp_path):
+    tokrl.save_run(tmp_path / "a.json", RUN)
+    want = '{"config": {"max_grad_norm": "inf"}, "net_push": [null, 0.5]}\n'
+    assert (tmp_path / "a.json").read_text() == want
+
+
+def test_save_run_on_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    def write_half(self, text):
+        self.write_bytes(text[:9].encode())
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="No space"):
+        tokrl.save_run(tmp_path / "a.json", RUN)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- 13. The program
+def test_program_refuses_wrong_options(capsys):
+    for line in ["--loss ppo", "--group-size 1", "--seeds 3-1", "--stepz 3"]:
+        with pytest.raises(SystemExit, match="2"):
+            tokrl.main(line.split())
+        assert "error: " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_program_names_the_packages_of_requirements_txt():
+    packages = (HERE / "requirements.txt").read_text().split()
+    line = "\n# dependencies = [" + ", ".join(f'"{package}"' for package in packages) + "]\n"
+    assert line in (HERE / "tokrl.py").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def mine(tmp_path) -> Path:
+    """A student's copy of the program, mine.py, with a short warm start."""
+    text = (HERE / "tokrl.py").read_text(encoding="utf-8").replace("steps=300", "steps=3")
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    (tmp_path / "toy_tasks.py").write_bytes((HERE / "toy_tasks.py").read_bytes())
+    return tmp_path / "mine.py"
+
+
+def start(program: Path, line: str) -> subprocess.Popen:
+    """One run at a time, on a console that knows no "→", with a notebook's backend."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://no"}
+    options = {"cwd": program.parent, "env": os.environ | settings, "start_new_session": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, program, "--prompts", "2", *line.split()], **options)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kills a group of processes")
+def test_program_killed_and_given_again_trains_what_is_missing_to_the_same_bytes(mine, tmp_path):
+    line = "--steps 40 --seeds 0-1 --out "
+    process = start(mine, line + "killed")
+    while process.poll() is None and not list(tmp_path.glob("killed/*.json")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    out, err = start(mine, line + "killed").communicate()
+    assert out.startswith("3 runs to train, 1 kept from before\n"), err
+    assert "\noff, seed 0:\n12=  " in out and "\non, seed 0:\n12=  " in out
+    start(mine, line + "whole").communicate()
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("whole/*")}
+    assert len(whole) == 4 + 1  # and the figure
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("killed/*")} == whole
+
+
+@pytest.mark.slow
+def test_program_names_a_run_that_diverges_and_finishes_the_others(monkeypatch, tmp_path, capfd):
+    healthy = Config(steps=2, prompts=2)
+    arms = {"off": healthy, "on": replace(healthy, lr=1e9), "orth": replace(healthy, kl=0.1)}
+    monkeypatch.setattr(tokrl, "arms_of", lambda *_, **__: arms)
+    assert tokrl.main(["--out", str(tmp_path)]) == 1
+    out, err = capfd.readouterr()
+    assert "\noff  " in out and "\north  " in out
+    assert err.count("on, seed 0: loss ") == 1 and "Traceback" not in err
+    assert err.endswith("Not finished: on. The same command retries.\n")
+
+
+@pytest.mark.slow
+def test_program_shows_a_student_s_own_error_and_trains_a_copy_with_the_copy(mine):
+    text = mine.read_text(encoding="utf-8")
+    mine.write_text(text.replace("advantages(credited)", "advantages(credted)"), encoding="utf-8")
+    process = start(mine, "--steps 2")
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert "NameError: name 'credted' is not defined" in err
+    assert 'mine.py", line ' in err

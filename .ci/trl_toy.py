@@ -1,6 +1,6 @@
 """A tiny Qwen2 of random weights on commute, trained by TRL itself or by the README's trainer.
 
-python trl_toy.py OUT      six steps; the trained parameters go to OUT
+python trl_toy.py OUT      six steps by each of five trainers; the trained parameters go to OUT
 """
 
 import os
@@ -12,14 +12,14 @@ import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl_trainer import TokenTransformTrainer  # test_trl.py takes it out of the README
 
 from toy_tasks import EOS, TASKS, VOCAB, decode, encode
 
 
-class Fixed(TokenTransformTrainer):
-    """Completions that do not depend on the model or the number of processes.
+class Fixed:
+    """Mixed into a trainer: completions that depend on neither model nor number of processes.
 
     Those of a group share their first two tokens. Rows from 20 on are short, so that two processes
     hold tensors of different lengths.
@@ -34,6 +34,14 @@ class Fixed(TokenTransformTrainer):
             text = prompt[0] + "+" + TASKS["commute"].demonstration(prompt, rng)[2:]
             completions.append(encode(text[:4] if row >= 20 else text) + [EOS])
         return completions, None
+
+
+class FixedTheirs(Fixed, GRPOTrainer):
+    pass
+
+
+class FixedOurs(Fixed, TokenTransformTrainer):
+    pass
 
 
 def character_tokenizer():
@@ -87,13 +95,13 @@ SETTINGS = {
 }
 
 
-def reward(prompts, completion_ids, **kwargs):
-    """Anything that differs within a group."""
-    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
-
-
-def toy_trainer(trainer=TokenTransformTrainer, ours=None, **settings):
+def toy_trainer(trainer=TokenTransformTrainer, ours=None, scale=1.0, offset=0.0, **settings):
     """TRL's own trainer, or one of the README's with `ours`: loss, transform, at."""
+
+    def reward(prompts, completion_ids, **kwargs):
+        """Anything that differs within a group."""
+        return [scale * (sum(ids) % 3 == 0) + offset for ids in completion_ids]
+
     return trainer(
         tiny_model(),
         reward,
@@ -104,17 +112,26 @@ def toy_trainer(trainer=TokenTransformTrainer, ours=None, **settings):
     )
 
 
-if __name__ == "__main__":  # five groups, of which one lies on both of two processes
+def trained(trainer, ours, level):
+    """Parameters after six steps on five groups, of which one lies on both of two processes."""
     trainer = toy_trainer(
-        Fixed,
-        {"at": "shared"},
+        trainer,
+        ours,
+        importance_sampling_level=level,
         per_device_train_batch_size=40 // int(os.environ.get("WORLD_SIZE", "1")),
         optim="sgd",
         learning_rate=0.1,
         epsilon=0.1,
     )
     trainer.train()
-    if trainer.accelerator.is_main_process:
-        torch.save([p.detach() for p in trainer.model.parameters()], sys.argv[1])
-    trainer.accelerator.wait_for_everyone()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+if __name__ == "__main__":
+    runs = {"min": trained(FixedOurs, {"transform": "min", "at": "shared"}, "sequence")}
+    for loss, level in (("gspo", "sequence"), ("grpo", "token")):
+        runs[f"{loss}, TRL"] = trained(FixedTheirs, {}, level)
+        runs[f"{loss}, off"] = trained(FixedOurs, {"loss": loss, "transform": "off"}, level)
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(runs, sys.argv[1])
     os._exit(0)  # gloo's threads now and then abort a plain exit, after all is saved

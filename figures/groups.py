@@ -21,7 +21,7 @@ SHARING = {  # groups that share an opening: because it was forked, or by chance
     "commute, independent samples": Config(fork=0),
     "habit, independent samples": Config(task="habit"),
 }
-WATCHED = (5, 50, 200, 400)  # rollouts, each with the four before it
+WATCHED = (10, 50, 200, 400)  # rollouts, each with the nine before it
 
 
 def start_of_run(config: Config, seed: int):
@@ -96,9 +96,9 @@ def record_sharing(seeds: list) -> dict:
 def sharing_of_run(config: Config, seed: int) -> list[dict]:
     """One run as `train` does it, and a row for each of WATCHED.
 
-    Means over the groups whose rewards differ, inner steps and five rollouts: how many tokens are
+    Means over the groups whose rewards differ, inner steps and ten rollouts: how many tokens are
     shared and how many scored, and ‖gradient‖ of the policy loss in all parameters, from the shared
-    tokens' own terms and from all others.
+    tokens' own terms and from all others. None: there was no such group.
     """
     task, start, policy, optimizer, generator = start_of_run(config, seed)
     rows = []
@@ -106,7 +106,7 @@ def sharing_of_run(config: Config, seed: int) -> list[dict]:
     for step in range(1, max(WATCHED) + 1):
         rollout = tokrl.collect(policy, task, config, generator)
         hooks = []
-        if any(last - 5 < step <= last for last in WATCHED):
+        if any(last - 10 < step <= last for last in WATCHED):
             old_logprobs = tokrl.token_logprobs(policy, *rollout[:2]).detach()
             look = partial(look_at_groups, seen, policy, config.loss, old_logprobs, *rollout)
             hooks.append(optimizer.register_step_pre_hook(look))
@@ -114,9 +114,16 @@ def sharing_of_run(config: Config, seed: int) -> list[dict]:
         for hook in hooks:
             hook.remove()
         if step in WATCHED:
-            rows.append({name: float(np.mean([x[name] for x in seen])) for name in seen[0]})
+            rows.append(mean_of_rows(seen))
             seen.clear()
     return rows
+
+
+def mean_of_rows(rows: list[dict]) -> dict | None:
+    """The mean of each number over rows; None: there are none."""
+    if not rows:
+        return None
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def look_at_groups(seen, policy, loss, old_logprobs, prompts, tokens, rewards, *_):
@@ -139,7 +146,7 @@ def look_at_groups(seen, policy, loss, old_logprobs, prompts, tokens, rewards, *
 
 def shared_over_rest(rows: list[dict]):
     """Of one run, at each of WATCHED: ‖gradient‖ from shared tokens over that from the rest."""
-    return [row["shared"] / row["rest"] for row in rows]
+    return [row["shared"] / row["rest"] if row else math.nan for row in rows]
 
 
 def sharing_columns(result: dict) -> dict[str, list]:
@@ -149,11 +156,11 @@ def sharing_columns(result: dict) -> dict[str, list]:
         cells = []
         for runs in result["gradients"].values():
             x = np.array([shared_over_rest(rows)[k] for rows in runs])
-            tokens = np.mean([rows[k]["shared tokens"] for rows in runs])
-            scored = np.mean([rows[k]["scored tokens"] for rows in runs])
-            spread = f"{x.mean():.0%}, {x.min():.0%} to {x.max():.0%}"
+            spread = f"{np.nanmean(x):.0%}, {np.nanmin(x):.0%} to {np.nanmax(x):.0%}"
+            tokens = np.mean([rows[k]["shared tokens"] for rows in runs if rows[k]])
+            scored = np.mean([rows[k]["scored tokens"] for rows in runs if rows[k]])
             cells.append(f"{spread}; {tokens:.1f} of {scored:.1f} tokens")
-        columns[f"{last - 4} to {last}"] = cells
+        columns[f"{last - 9} to {last}"] = cells
     return columns
 
 
@@ -165,7 +172,7 @@ def draw_sharing(result: dict, path: Path):
     for (label, runs), colour, marker in styles:
         percent = 100 * np.array([shared_over_rest(run) for run in runs])
         panel.plot(WATCHED, percent.T, marker, color=colour, alpha=0.25, ms=4, mew=0)
-        panel.plot(WATCHED, percent.mean(0), f"-{marker}", color=colour, label=label)
+        panel.plot(WATCHED, np.nanmean(percent, axis=0), f"-{marker}", color=colour, label=label)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_title("gradient from shared tokens, in % of that from all others", fontsize=11)
     panel.set_xlabel("rollouts")
