@@ -329,7 +329,7 @@ def test_transform_orth_by_hand_eq18():
     assert_transformed("orth", tensor([[[2.5, 4, 0, 0], [3.5, 0, 0, 0], [3, 2, 0, 0]]]))
 
 
-def test_transform_orth_projects_on_the_advantages_of_the_alive_eq18():
+def test_transform_orth_looks_at_the_alive_only_eq18():
     # second place: Âᵀw = 8 − 2 = 6, ‖Â‖² = 5, w − 1.2 Â = (4 − 2.4, 2 + 1.2)
     w = transform_weights(W, tensor([[2.0, -1.0, -1.0]]), ALIVE, "orth")
     assert_close(w[0, :, 1], tensor([1.6, 0.0, 3.2]))
@@ -368,7 +368,7 @@ def test_policy_loss_and_net_push_by_hand():
 
 
 @pytest.mark.parametrize("loss", WEIGHTS)
-def test_policy_loss_has_no_gradient_through_weights_or_advantages(loss):
+def test_policy_loss_has_a_gradient_through_the_logprobs_alone(loss):
     logprobs = (OLD + RATIO.log()).requires_grad_()
     A = ADVANTAGES.clone().requires_grad_()  # as from a reward model that is being trained
     w = effective_weights(loss, logprobs, logprobs - RATIO.log(), A, MASK)
@@ -390,7 +390,7 @@ def test_trajectory_without_advantage_adds_exactly_0_even_at_an_infinite_ratio(k
     assert_close(net_push(w, A), tensor([[0]]))
 
 
-def test_min_and_orth_where_all_agree_give_the_parameters_one_gradient():
+def test_min_orth_and_no_weights_where_all_agree_give_the_parameters_one_gradient():
     # A shared token is one log-probability of the network: where its pushes cancel nothing is left
     # of them, whatever each of them was.
     policy = random_policy(1)
@@ -400,16 +400,19 @@ def test_min_and_orth_where_all_agree_give_the_parameters_one_gradient():
     old = tokrl.token_logprobs(random_policy(2), prompts, tokens).detach()
     weights = {}
     gradients = {}
-    for kind in tokrl.TRANSFORMS:
+    for kind in (*tokrl.TRANSFORMS, "none"):
         logprobs = tokrl.token_logprobs(policy, prompts, tokens)
         w = effective_weights("seq", logprobs, old, A3, mask)
-        w[..., :2] = transform_weights(w, A3, mask, kind)[..., :2]  # all agree on "7+"
+        changed = w * 0 if kind == "none" else transform_weights(w, A3, mask, kind)
+        w[..., :2] = changed[..., :2]  # all agree on "7+"
         weights[kind] = w
         loss = policy_loss(logprobs, w, A3)
-        gradients[kind] = torch.autograd.grad(loss, policy.head.weight)[0]
+        parts = torch.autograd.grad(loss, list(policy.parameters()))
+        gradients[kind] = torch.cat([part.flatten() for part in parts])
     assert (weights["min"] - weights["orth"]).abs().max() > 1e-3
     assert (gradients["min"] - gradients["off"]).abs().max() > 1e-3
     assert_close(gradients["min"], gradients["orth"])
+    assert_close(gradients["min"], gradients["none"])
 
 
 # What the paper derives, on numbers
@@ -486,7 +489,6 @@ REFUSED = {
     "unknown loss 'ppo'": lambda: effective_weights("ppo", X, X, A2, X == 0),
     "unknown transform 'on'": lambda: transform_weights(X, A2, X == 0, "on"),
     "lr must be at least 0": lambda: Config(lr=NAN),
-    "clip_eps: seq has no clip": lambda: Config(clip_eps=0.2),
     "a mask of floats": lambda: effective_weights("seq", X, X, A2, X),
     "a column of advantages": lambda: policy_loss(X, X, A2[..., None]),
 }

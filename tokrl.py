@@ -42,6 +42,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import zlib
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -614,6 +615,7 @@ def save_run(path: Path, run: dict):
 
 def work(worker: int, jobs: list, count: int, out: Path):
     """What one of `count` processes does: every count-th run, its bar on a line of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch's word that the parent is gone
     for label, config, seed in jobs[worker::count]:
         name = f"{label}, seed {seed}"
         try:
