@@ -518,7 +518,7 @@ def test_warm_start_step_by_step(monkeypatch):
         (-torch.cat(scored).mean()).backward()
         adam.step()
     assert_close(parameters(got), parameters(policy), 1e-7)
-    another = tokrl.warm_start(task, 5, steps=1)
+    another = tokrl.warm_start(task, 5, steps=2)
     assert another is not got and another.head.weight.requires_grad, "to be trained, not shared"
 
 
@@ -592,7 +592,7 @@ UPDATES = {
     "seq orth at rest": Config(transform="orth", at="rest"),
     "prefix, fork 8 of 8": Config(loss="prefix", fork=7),
     "cispo, fork 0": Config(loss="cispo", fork=0),
-    "gspo min, much kl": Config(loss="gspo", clip_eps=0.01, transform="min", kl=0.7),
+    "gspo, wide clip, much kl": Config(loss="gspo", clip_eps=0.3, kl=0.7),
     "grpo share, no kl": Config(loss="grpo", duplicates="share", kl=0.0),
 }
 
@@ -613,7 +613,7 @@ def test_update_step_by_step(name):
 def test_update_stops_before_the_optimizer_where_the_gradient_is_not_finite():
     policy = random_policy(1)
     policy.head.weight.register_hook(lambda gradient: gradient * INF)
-    with pytest.raises(FloatingPointError, match="gradient norm (inf|nan)"):
+    with pytest.raises(FloatingPointError, match="gradient norm (inf|nan) at inner step 1$"):
         tokrl.update(policy, random_policy(2), tokrl.adamw(policy, 1e-3), Config(), *ROLLOUT)
     assert_close(parameters(policy), parameters(random_policy(1)))
 
@@ -697,7 +697,7 @@ def quick(monkeypatch):
     return task
 
 
-@pytest.mark.parametrize("fork, steps", [(0, 1), (1, 81)])
+@pytest.mark.parametrize("fork, steps", [(0, 3), (1, 81)])
 def test_train_step_by_step(fork, steps, quick):
     config = replace(TINY, fork=fork, steps=steps)
     result = tokrl.train(config, 7)

@@ -22,9 +22,9 @@ the end (entropy collapse). Weights that are equal (Min-Replace, Eq. 17) or orth
 advantages (Adv-Orthogonal, Eq. 18) restore the cancellation.
 
 Where this program departs from the paper:
- 1. The policy has 0.1 million parameters and the tasks can be enumerated: all measures are exact.
+ 1. The policy is tiny and the tasks can be enumerated: all measures but net push are exact.
  2. A group shares its first `fork` tokens because they are sampled once for all of it (tree
-    rollouts). A language model's shares what all of it chose: `--task habit`, or `--fork 0`.
+    rollouts); a language model's, an opening that all happened to choose: `--task habit`.
  3. The paper's method, DFPO, is taken to be `--loss seq --transform on`, as summaries describe it.
  4. Ours: `--at` limits a transform to shared tokens or to the rest, the loss `prefix` cancels
     without a transform (its ratio is CTPO's), `--duplicates share` lets copies share a reward.
@@ -85,7 +85,7 @@ class Config:
     steps: int = option(400, "rollouts", least=1)
     lr: float = option(1e-4, "learning rate of AdamW", least=0)
     max_grad_norm: float = option(1.0, "limit on the gradient's norm; inf: none", least=0)
-    kl: float = option(0.02, "weight of the exact KL to the warm start", least=0)
+    kl: float = option(0.02, "weight of the KL to the warm start", least=0)
     clip_eps: float = option(
         None, "clip outside 1 ± this; inf: never; None: the loss's own", least=0
     )
@@ -224,7 +224,7 @@ def group_advantages(rewards, normalize: bool = True):
 
 
 def at_least_float32(x):
-    """bfloat16 rounds ratios to steps of .004 and more: a clip of 3e-4 would never act."""
+    """Cast up: in bfloat16 ratios move in steps of .004 and more, and a clip of 3e-4 never acts."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -236,9 +236,8 @@ def at_least_float32(x):
 # group shares, log π is one number for all i, so the pushes add up to Σ_i Â_i w_{i,t}: they cancel
 # (Eq. 2) where that sum is 0.
 # Sources: reinforce, Williams 1992; grpo arXiv:2402.03300; dr_grpo 2503.20783 (its own advantages
-# are not divided by std, here all are); dapo 2503.14476, cispo 2506.13585 (the token mean over the
-# batch is TRL's and verl's); gspo 2507.18071; grpo_sym and seq, the paper; prefix, CTPO without
-# its clip, 2605.07331.
+# are not divided by std, here all are); dapo 2503.14476, cispo 2506.13585 (averaged as by TRL and
+# verl); gspo 2507.18071; grpo_sym and seq, the paper; prefix, CTPO without its clip, 2605.07331.
 
 
 def effective_weights(
@@ -296,7 +295,7 @@ def transform_weights(weights, advantages, mask, kind: str):
         orth     w − (Âᵀw / ‖Â‖²) Â    Adv-Orthogonal, Eq. 18: takes out what does not cancel
 
     At a token that is not shared a transform changes what each trajectory teaches: `--at` tells the
-    two apart. On a clipped loss min silences a group once one of its trajectories is clipped.
+    two apart. On a clipped loss min silences a group wherever one of its trajectories is clipped.
 
     weights (B,G,T), advantages (B,G), mask (B,G,T) bool -> (B,G,T), exactly 0 off the mask.
     Under orth a lone survivor gets 0, and a weight may be negative. ValueError: unknown kind.
@@ -538,7 +537,7 @@ def answers(policy, start, task) -> str:
 
 # ---- 11. One training run: (configuration, seed) -> curves, the same bits every time
 def train(config: Config, seed: int, **bar) -> dict:
-    """Warm start, then `steps` rollouts with an update on each; `bar`: options of tqdm.
+    """Warm start, then `steps` rollouts with an update on each, on one thread; `bar`: tqdm's options.
 
     Returns "curves", an evaluation at every step or at 40 to 80 of them, "final", means of the last
     quarter (one point fluctuates), "answers", and what was trained: "config", "seed".
@@ -585,7 +584,7 @@ def train(config: Config, seed: int, **bar) -> dict:
 
 
 # =================================================================================================
-# The paper ends here. What follows runs many of these side by side, and shows them.
+# A reader of the paper may stop here. What follows runs many of these side by side, and shows them.
 # =================================================================================================
 
 
@@ -603,7 +602,7 @@ def run_path(out: Path, config: Config, seed: int) -> Path:
 
 
 def save_run(path: Path, run: dict):
-    """Write and rename, so that a reader finds all of it or nothing. nan becomes null."""
+    """Write and rename, so that a reader finds all of it or nothing. nan is null, inf "inf"."""
     plain = json.loads(json.dumps(run), parse_constant={"NaN": None, "Infinity": "inf"}.get)
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
@@ -615,7 +614,7 @@ def save_run(path: Path, run: dict):
 
 def work(worker: int, jobs: list, count: int, out: Path):
     """What one of `count` processes does: every count-th run, its bar on a line of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torch's word that the parent is gone
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so torch tells that the parent died
     for label, config, seed in jobs[worker::count]:
         name = f"{label}, seed {seed}"
         try:
