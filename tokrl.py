@@ -369,8 +369,10 @@ def adamw(policy, lr: float):
 def warm_start(task, seed: int, steps=300, batch=64, lr=2e-3) -> Policy:
     """A policy after a short supervised phase on the task's demonstrations, half of them wrong.
 
-    The learning rate falls to 0 over the steps.
+    The learning rate falls to 0 over the steps. From here on torch uses one thread: so small a
+    network is faster with it, and has the same bits on any number of cores.
     """
+    torch.set_num_threads(1)
     policy = Policy(named_generator(seed, "initialisation"))
     optimizer = adamw(policy, lr)
     rng = random.Random(f"{seed} demonstrations")
@@ -537,13 +539,12 @@ def answers(policy, start, task) -> str:
 
 # ---- 11. One training run: (configuration, seed) -> curves, the same bits every time
 def train(config: Config, seed: int, **bar) -> dict:
-    """Warm start, then `steps` rollouts with an update on each, on one thread; `bar`: tqdm's options.
+    """Warm start, then `steps` rollouts with an update on each; `bar`: options of tqdm.
 
     Returns "curves", an evaluation at every step or at 40 to 80 of them, "final", means of the last
     quarter (one point fluctuates), "answers", and what was trained: "config", "seed".
     FloatingPointError: the run has diverged.
     """
-    torch.set_num_threads(1)  # faster for so small a network, and the same bits on all cores
     task = TASKS[config.task]
     start = warm_start(task, seed)  # also the reference of the KL
     policy = copy.deepcopy(start)
@@ -591,7 +592,7 @@ def train(config: Config, seed: int, **bar) -> dict:
 # ---- 12. Many runs, side by side; a finished run is its file
 THIS_FILE = Path(__file__).resolve()
 CODE = [THIS_FILE.read_bytes(), THIS_FILE.with_name("toy_tasks.py").read_bytes()]
-CORES = torch.get_num_threads()  # those that this process may use; train sets it to one
+CORES = torch.get_num_threads()  # those that this process may use; a warm start sets it to one
 
 
 def run_path(out: Path, config: Config, seed: int) -> Path:

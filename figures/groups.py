@@ -26,7 +26,6 @@ WATCHED = (10, 50, 200, 400)  # rollouts, each with the nine before it
 
 def start_of_run(config: Config, seed: int):
     """What `train` begins with: task, start, policy, optimizer, generator."""
-    torch.set_num_threads(1)
     task = TASKS[config.task]
     start = tokrl.warm_start(task, seed)
     policy = copy.deepcopy(start)
