@@ -148,5 +148,17 @@ def habit() -> Task:
     return Task("habit", fork=0, max_completion=8, table=table, favourite=0.9)
 
 
-EVERY = (commute(), split(), chain(), add(), habit())
+def late() -> Task:
+    """Commute with its "=" moved into the completion, so that all completions begin alike.
+
+    The default fork of one token shares that "=", which decides nothing. A fork of three holds the
+    choice between the two solutions, as the default fork of commute does.
+    """
+    table = {}
+    for prompt, solutions in commute().table.items():
+        table[prompt.removesuffix("=")] = tuple("=" + solution for solution in solutions)
+    return Task("late", fork=1, max_completion=9, table=table)
+
+
+EVERY = (commute(), split(), chain(), add(), habit(), late())
 TASKS: dict[str, Task] = {task.name: task for task in EVERY}
