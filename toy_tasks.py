@@ -1,4 +1,4 @@
-"""Five synthetic arithmetic tasks, small enough to enumerate every prompt and right completion.
+"""Six synthetic arithmetic tasks, small enough to enumerate every prompt and right completion.
 
 Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exactly.
 
@@ -7,12 +7,14 @@ Because nothing is hidden, tokrl.py can compute accuracy, entropy and drift exac
     split    12=       3+9  9+3  1+2+9 ...    a sum that gives 12: many right solutions, two lengths
     chain    3+4+2=    7+2=9  3+6=9           a scratchpad: some tokens matter more than others
     add      7+5=      12                     one right answer, so nothing can drift
-    habit    75=       7+5=12  5+7=12         as commute, but the start has a favourite: the larger
+    habit    75=       7+5=12  5+7=12         as commute, but the start has a favorite: the larger
                                               digit comes first nine times in ten
+    late     75        =7+5=12  =5+7=12       as commute, but all completions begin with "=", so a
+                                              fork of one token does not choose between them
 
-A character is a token. A completion is right when it is one of the prompt's solutions *and* was
-ended by EOS: text that never ends has `max_completion` characters, more than any solution, so
-comparing strings is enough. The reward is 0 or 1 and comes once, at the end.
+A character is a token. A completion is right if it is one of the prompt's solutions *and* ended
+with EOS. Text that never ends has `max_completion` characters, more than any solution, so comparing
+strings is enough. The reward is 0 or 1 and comes once, at the end.
 
     >>> TASKS["commute"].solutions("75=")
     ['7+5=12', '5+7=12']
@@ -70,9 +72,9 @@ class Task:
     def demonstration(self, prompt: str, rng: random.Random) -> str:
         """A solution, drawn evenly or as `favourite` says; half of the time with a wrong answer.
 
-        This stands in for the data of a base model that has seen the form of the task but not
-        mastered it; the answer is what follows '='. A wrong one is that of another prompt.
-        ValueError: there is none.
+        This stands in for the data of a base model that has seen the form of the task but has not
+        mastered it. The answer is what follows the last '='. A wrong answer is that of another
+        prompt. ValueError: there is none.
         """
         solutions = self.solutions(prompt)
         if self.favourite is None:
@@ -137,10 +139,10 @@ def add() -> Task:
 
 
 def habit() -> Task:
-    """Prompts and solutions of commute, with a favourite; a group shares what it shares by chance.
+    """Prompts and solutions of commute, with a favorite; a group shares tokens only by chance.
 
-    It stands for a language model, which prefers one of the right answers to begin with, and whose
-    samples are independent: they share an opening because all of them chose it.
+    It stands for a language model, which prefers one right answer from the start. Its samples are
+    independent: a group shares an opening because all of its members chose it.
     """
     table = {}
     for prompt, solutions in commute().table.items():
@@ -149,10 +151,10 @@ def habit() -> Task:
 
 
 def late() -> Task:
-    """Commute with its "=" moved into the completion, so that all completions begin alike.
+    """Commute with the "=" of its prompts moved into the completions, which then begin alike.
 
-    The default fork of one token shares that "=", which decides nothing. A fork of three holds the
-    choice between the two solutions, as the default fork of commute does.
+    The default fork of one token shares this "=", which decides nothing. A fork of three tokens
+    holds the choice between the two solutions, as the fork of commute does.
     """
     table = {}
     for prompt, solutions in commute().table.items():
