@@ -144,7 +144,7 @@ def test_task_by_hand(name):
         assert len(s) + 1 < task.max_completion
 
 
-def test_task_examples_in_the_docstring_are_true():
+def test_task_docstring_is_true():
     assert doctest.testmod(toy_tasks) == (0, 2), "failed, tried"
 
 

@@ -4,16 +4,17 @@ experiments.py records and draws these two, `mechanism` and `sharing`, beside it
 """
 
 import copy
+import itertools
 import math
-from functools import partial
+import os
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 
 import tokrl
-from tokrl import COLOURS, Config
+from figures.report import bare
+from tokrl import COLORS, Config, new_figure
 from toy_tasks import TASKS, decode
 
 SHARING = {  # groups that share an opening: because it was forked, or by chance
@@ -26,15 +27,16 @@ WATCHED = (10, 50, 200, 400)  # rollouts, each with the nine before it
 
 def start_of_run(config: Config, seed: int):
     """What `train` begins with: task, start, policy, optimizer, generator."""
+    torch.set_num_threads(1)
     task = TASKS[config.task]
     start = tokrl.warm_start(task, seed)
-    policy = copy.deepcopy(start)
+    policy = copy.deepcopy(start).requires_grad_(True)
     optimizer = tokrl.adamw(policy, config.lr)
     return task, start, policy, optimizer, tokrl.named_generator(seed, "sampling")
 
 
 # ---- 1. Mechanism: one group, three transforms
-def record_mechanism(seeds: list) -> dict:
+def record_mechanism(seeds: list, _) -> dict:
     """The group of a first rollout that breaks Eq. 2 most, and its weights after the inner steps.
 
     Weights times L, which under `seq` is the product of a completion's ratios.
@@ -63,58 +65,63 @@ def record_mechanism(seeds: list) -> dict:
 
 def draw_mechanism(result: dict, path: Path):
     """A row per trajectory with its advantage; under each transform its weight and its push Â w."""
-    figure = matplotlib.figure.Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
+    from matplotlib.patches import Patch
+
+    figure = new_figure(7, 4.1)
     A = np.array(result["advantages"])
-    panels = figure.subplots(1, len(COLOURS), sharex=True, sharey=True)
-    for panel, (kind, colour) in zip(panels, COLOURS.items(), strict=True):
+    texts = result["completions"]
+    panels = figure.subplots(1, len(COLORS), sharex=True, sharey=True)
+    for panel, (kind, color) in zip(panels, COLORS.items(), strict=True):
         w = np.array(result["weights"][kind])
-        panel.barh(range(len(A)), w, color=colour, alpha=0.35)
-        panel.barh(range(len(A)), A * w, height=0.3, color=colour)
+        panel.barh(range(len(A)), w, color=color, alpha=0.35)
+        panel.barh(range(len(A)), A * w, height=0.3, color=color)
         panel.axvline(0, color="0.3", lw=0.8)
-        panel.spines[["top", "right"]].set_visible(False)
         word = "on" if kind == "min" else kind
         mean = round(float(np.mean(A * w)), 2) + 0.0  # + 0.0: no −0.00
-        panel.set_title(f"{word}\nmean push {mean:+.2f}", fontsize=11)
-    rows = zip(result["completions"], A, strict=True)
-    panels[0].set_yticks(range(len(A)), labels=[f"{text}   Â {a:+.2f}" for text, a in rows])
+        bare(panel, f"{word}\nmean push {mean:+.2f}")
+        panel.set_xlabel("w, and Â w")
+    opening = len(os.path.commonprefix(texts))
+    names = []
+    for text, a in zip(texts, A, strict=True):
+        names.append(f"[{text[:opening]}]{text[opening:]}  Â {a:+.2f}".replace("-", "−"))
+    panels[0].set_yticks(range(len(A)), labels=names)
     panels[0].invert_yaxis()
-    title = f"Prompt {result['prompt']}, shared token: product of ratios (light), push (dark)"
+    bars = [Patch(color="0.3", alpha=0.35), Patch(color="0.3")]
+    words = ["weight w of a shared token (times L)", "its push Â w"]
+    figure.legend(bars, words, loc="outside lower center", ncols=2)
+    title = f"prompt {result['prompt']}   (in brackets: the tokens that the group shares)"
     figure.suptitle(title, fontsize=11)
     figure.savefig(path)
 
 
 # ---- 2. Sharing: how much of a gradient comes from shared tokens
-def record_sharing(seeds: list) -> dict:
+def record_sharing(seeds: list, on_all_cores) -> dict:
     """{"gradients": {setting: for each seed its rows}}; see sharing_of_run."""
-    gradients = {}
-    for label, config in SHARING.items():
-        gradients[label] = [sharing_of_run(config, seed) for seed in seeds]
-    return {"gradients": gradients}
+    rows = on_all_cores(sharing_of_run, list(itertools.product(SHARING.values(), seeds)))
+    split = np.split(np.array(rows, dtype=object), len(SHARING))
+    return {"gradients": dict(zip(SHARING, [part.tolist() for part in split], strict=True))}
 
 
 def sharing_of_run(config: Config, seed: int) -> list[dict]:
     """One run as `train` does it, and a row for each of WATCHED.
 
-    Means over the groups whose rewards differ, inner steps and ten rollouts: how many tokens are
-    shared and how many scored, and ‖gradient‖ of the policy loss in all parameters, from the shared
-    tokens' own terms and from all others. None: there was no such group.
+    Means over ten rollouts and over the groups whose rewards differ, each seen after its last inner
+    step: how many tokens are shared and how many scored, and ‖gradient‖ of the policy loss in all
+    parameters, from the shared tokens' own terms and from all others. None: no such group.
     """
     task, start, policy, optimizer, generator = start_of_run(config, seed)
     rows = []
     seen = []
     for step in range(1, max(WATCHED) + 1):
-        rollout = tokrl.collect(policy, task, config, generator)
-        hooks = []
+        prompts, tokens, rewards = tokrl.collect(policy, task, config, generator)
+        with torch.no_grad():
+            old_logprobs = tokrl.token_logprobs(policy, prompts, tokens)
+        tokrl.update(policy, start, optimizer, config, prompts, tokens, rewards)
         if any(last - 10 < step <= last for last in WATCHED):
-            old_logprobs = tokrl.token_logprobs(policy, *rollout[:2]).detach()
-            look = partial(look_at_groups, seen, policy, config.loss, old_logprobs, *rollout)
-            hooks.append(optimizer.register_step_pre_hook(look))
-        tokrl.update(policy, start, optimizer, config, *rollout)
-        for hook in hooks:
-            hook.remove()
+            seen += rows_of_groups(policy, config.loss, old_logprobs, prompts, tokens, rewards)
         if step in WATCHED:
             rows.append(mean_of_rows(seen))
-            seen.clear()
+            seen = []
     return rows
 
 
@@ -125,14 +132,15 @@ def mean_of_rows(rows: list[dict]) -> dict | None:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def look_at_groups(seen, policy, loss, old_logprobs, prompts, tokens, rewards, *_):
-    """Append to `seen` a row for each group whose rewards differ; called before each inner step."""
+def rows_of_groups(policy, loss, old_logprobs, prompts, tokens, rewards) -> list[dict]:
+    """A row for each group whose rewards differ; see sharing_of_run."""
     logprobs = tokrl.token_logprobs(policy, prompts, tokens)
     A = tokrl.group_advantages(rewards)
     mask = tokrl.completion_mask(tokens)
     w = tokrl.effective_weights(loss, logprobs, old_logprobs, A, mask)
     terms = tokrl.pushes(w, A) * logprobs  # (B,G,T)
     shared = tokrl.shared_tokens(tokens)[:, None] & mask  # (B,G,T)
+    rows = []
     for b in torch.nonzero(A.abs().sum(1)).flatten():
         row = {"shared tokens": shared[b, 0].sum().item()}
         row["scored tokens"] = mask[b].sum(1).float().mean().item()
@@ -140,7 +148,8 @@ def look_at_groups(seen, policy, loss, old_logprobs, prompts, tokens, rewards, *
             total = (terms[b] * part).sum()
             gradients = torch.autograd.grad(total, list(policy.parameters()), retain_graph=True)
             row[name] = math.sqrt(sum(g.square().sum().item() for g in gradients))
-        seen.append(row)
+        rows.append(row)
+    return rows
 
 
 def shared_over_rest(rows: list[dict]):
@@ -165,16 +174,15 @@ def sharing_columns(result: dict) -> dict[str, list]:
 
 def draw_sharing(result: dict, path: Path):
     """The ratio of gradients over training: faint each seed, a line for the mean."""
-    figure = matplotlib.figure.Figure(figsize=(9, 3.4), dpi=150, layout="constrained")
+    figure = new_figure(7, 3.6)
     panel = figure.subplots()
-    styles = zip(result["gradients"].items(), COLOURS.values(), "os^", strict=True)
-    for (label, runs), colour, marker in styles:
+    styles = zip(result["gradients"].items(), ("0.1", "#CC79A7", "#56B4E9"), "os^", strict=True)
+    for (label, runs), color, marker in styles:
         percent = 100 * np.array([shared_over_rest(run) for run in runs])
-        panel.plot(WATCHED, percent.T, marker, color=colour, alpha=0.25, ms=4, mew=0)
-        panel.plot(WATCHED, np.nanmean(percent, axis=0), f"-{marker}", color=colour, label=label)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_title("gradient from shared tokens, in % of that from all others", fontsize=11)
+        panel.plot(WATCHED, percent.T, marker, color=color, alpha=0.25, ms=4, mew=0)
+        panel.plot(WATCHED, np.nanmean(percent, axis=0), f"-{marker}", color=color, label=label)
+    bare(panel, "gradient from shared tokens, in % of that from all others")
     panel.set_xlabel("rollouts")
     panel.set_ylim(bottom=0)
-    figure.legend(loc="outside right center")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path)
