@@ -93,8 +93,12 @@ def side_by_side(**columns):
 def check(got, want, says="", atol=1e-12, **inputs):
     """Equal shapes and types, and equal numbers to `atol`."""
     __tracebackhide__ = True
-    if (getattr(got, "shape", None), getattr(got, "dtype", None)) != (want.shape, want.dtype):
-        pytest.fail(f"want shape {tuple(want.shape)} of {want.dtype}, got {got}. {says}")
+    if not torch.is_tensor(got):
+        pytest.fail(f"want a tensor, got {got!r}. {says}")
+    wants = f"{tuple(want.shape)} of {want.dtype}"
+    gives = f"{tuple(got.shape)} of {got.dtype}"
+    if wants != gives:
+        pytest.fail(f"want {wants}, got {gives}. {says}")
     apart = (got.detach().double() - want.double()).abs()
     if not ((apart <= atol) | (got.isnan() & want.isnan())).all():
         shown = side_by_side(**inputs, want=want, got=got) if want.numel() < 100 else ""
@@ -313,9 +317,9 @@ def test_own_loss_cancels_and_clips_ex18(mine):
     log_r = tensor([[[1.1, 1.3, 1.0], [1.1, 1.3, 1000.0], [1.1, 1.3, 0.001]]]).log()
     mask = torch.tensor([[[1, 1, 0], [1, 1, 1], [1, 1, 1]]]).bool()
     w = effective_weights(mine, log_r, log_r * 0, A3, mask)
-    says = f"w = {w.tolist()}, Â = 1, 1, −2"
-    check(net_push(w, A3)[0, :2], tensor([0, 0]), f"net push at the shared tokens; {says}")
-    check(w[0, 1:, 2], tensor([0, 0]), f"weight at the ratios 1000 and 1/1000; {says}")
+    says = side_by_side(A=A3[..., None], ratio=log_r.exp(), mask=mask, w=w)
+    check(net_push(w, A3)[0, :2], tensor([0, 0]), f"net push at the shared tokens\n{says}")
+    check(w[0, 1:, 2], tensor([0, 0]), f"weight at the ratios 1000 and 1/1000\n{says}")
     least = effective_weights(mine, log_r, log_r, A3, mask)[mask].min().item()
     assert least > 0, "at the first inner step every token is trained"
 
