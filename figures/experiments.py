@@ -161,7 +161,7 @@ EXPERIMENTS = {
     ),
     "choice": Experiment(
         "Is it enough that a group is forked, or must the fork hold the choice?",
-        arms(OFF_ON, "late fork=1", "late fork=3"),
+        arms(OFF_ON, "fork=1", "late fork=1", "late fork=3"),
     ),
     "dose": Experiment(
         "How small must the push at shared tokens be?",

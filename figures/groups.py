@@ -158,13 +158,13 @@ def shared_over_rest(rows: list[dict]):
 
 
 def sharing_columns(result: dict) -> dict[str, list]:
-    """{head: cells}: a row per setting; mean over seeds, lowest to highest, and the tokens."""
+    """{head: cells}: a row per setting; median over seeds, lowest to highest; mean of tokens."""
     columns = {"shared over rest, at rollouts": list(result["gradients"])}
     for k, last in enumerate(WATCHED):
         cells = []
         for runs in result["gradients"].values():
             x = np.array([shared_over_rest(rows)[k] for rows in runs])
-            spread = f"{np.nanmean(x):.0%}, {np.nanmin(x):.0%} to {np.nanmax(x):.0%}"
+            spread = f"{np.nanmedian(x):.0%}, {np.nanmin(x):.0%} to {np.nanmax(x):.0%}"
             tokens = np.mean([rows[k]["shared tokens"] for rows in runs if rows[k]])
             scored = np.mean([rows[k]["scored tokens"] for rows in runs if rows[k]])
             cells.append(f"{spread}; {tokens:.1f} of {scored:.1f} tokens")
@@ -173,16 +173,18 @@ def sharing_columns(result: dict) -> dict[str, list]:
 
 
 def draw_sharing(result: dict, path: Path):
-    """The ratio of gradients over training: faint each seed, a line for the mean."""
+    """The ratio of gradients over training: faint each seed, a line for the median."""
     figure = new_figure(7, 3.6)
     panel = figure.subplots()
     styles = zip(result["gradients"].items(), ("0.1", "#CC79A7", "#56B4E9"), "os^", strict=True)
     for (label, runs), color, marker in styles:
         percent = 100 * np.array([shared_over_rest(run) for run in runs])
         panel.plot(WATCHED, percent.T, marker, color=color, alpha=0.25, ms=4, mew=0)
-        panel.plot(WATCHED, np.nanmean(percent, axis=0), f"-{marker}", color=color, label=label)
+        panel.plot(WATCHED, np.nanmedian(percent, axis=0), f"-{marker}", color=color, label=label)
     bare(panel, "gradient from shared tokens, in % of that from all others")
     panel.set_xlabel("rollouts")
-    panel.set_ylim(bottom=0)
+    panel.set_yscale("log")
+    panel.set_yticks([0.1, 1, 10, 100, 1000], labels=["0.1%", "1%", "10%", "100%", "1000%"])
+    panel.minorticks_off()
     figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path)
