@@ -90,7 +90,9 @@ def config_of(label: str) -> Config:
     kinds = {f.name: f.type for f in fields(Config)}
     for word in words:
         key, equals, value = word.partition("=")
-        if equals:
+        if key == "G":  # always 64 completions a rollout
+            settings |= {"group_size": int(value), "prompts": 64 // int(value)}
+        elif equals:
             settings[key] = kinds[key](value)
         elif word in TASKS:
             settings["task"] = word
@@ -140,8 +142,7 @@ ON = ["on"]
 OFF_ON = ["off", "on"]
 PLACES = ["off", "on", "on at shared", "on at rest"]
 FOUR = ("commute", "split", "chain", "add")
-SIZES = {G: f"group_size={G} prompts={64 // G}" for G in (2, 4, 8, 16)}
-CHEAPER = ("on at shared", "shrink", "mean", "off lr=5e-05")  # what may do as on does
+APART = ["off", "on", "on at shared", "shrink", "mean", "off lr=5e-05"]  # what of on acts?
 EXPERIMENTS = {
     "failure-modes": Experiment(
         "Does the paper's method stop the three failure modes?",
@@ -188,13 +189,18 @@ EXPERIMENTS = {
     ),
     "group-size": Experiment(
         "How does the gap depend on G, with 64 completions a rollout?",
-        arms(OFF_ON, *SIZES.values())
-        + arms(OFF_ON, *[f"fork=0 {size}" for size in SIZES.values()])
-        + arms(CHEAPER, f"fork=0 {SIZES[2]}", f"fork=0 {SIZES[8]}"),
-        also=tuple(
-            (f"{a} fork=0 {SIZES[G]}", f"{b} fork=0 {SIZES[G]}")
-            for G in (2, 8)
-            for a, b in (("off", "off lr=5e-05"), ("on", "shrink"), ("on", "off lr=5e-05"))
+        arms(OFF_ON, "G=2", "G=4", "G=8", "G=16")
+        + arms(APART, "fork=0 G=2")
+        + arms(OFF_ON, "fork=0 G=4")
+        + arms(APART, "fork=0 G=8")
+        + arms(OFF_ON, "fork=0 G=16"),
+        also=(
+            ("off fork=0 G=2", "off lr=5e-05 fork=0 G=2"),
+            ("on fork=0 G=2", "off lr=5e-05 fork=0 G=2"),
+            ("on fork=0 G=2", "shrink fork=0 G=2"),
+            ("off fork=0 G=8", "off lr=5e-05 fork=0 G=8"),
+            ("on fork=0 G=8", "off lr=5e-05 fork=0 G=8"),
+            ("on fork=0 G=8", "shrink fork=0 G=8"),
         ),
     ),
     "sharing": Experiment(

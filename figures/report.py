@@ -3,6 +3,7 @@
 `found` is {label of an arm: its runs, one per seed}.
 """
 
+import itertools
 import math
 from pathlib import Path
 
@@ -131,14 +132,19 @@ def color_of(runs: list) -> str:
 
 
 def rows_of(found: dict) -> list[float]:
-    """Where each arm stands, from the top down: with a gap where other settings begin."""
+    """Where each arm stands, from the top down: a gap sets arms of the same settings apart."""
+    configs = [runs[0]["config"] | {"transform": "", "at": ""} for runs in found.values()]
     rows = []
-    before = None
-    for runs in found.values():
-        same = runs[0]["config"] | {"transform": "", "at": ""}
-        gap = 0 if before in (None, same) else 0.6
-        rows.append((rows[-1] + 1 if rows else 0) + gap)
-        before = same
+    row = 0.0
+    before = 1
+    for _, same in itertools.groupby(configs):
+        arms = len(list(same))
+        if rows and max(before, arms) > 1:
+            row += 0.6
+        for _ in range(arms):
+            rows.append(row)
+            row += 1
+        before = arms
     return rows
 
 

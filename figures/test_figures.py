@@ -72,8 +72,9 @@ def test_tables_are_paired_by_seed_and_star_what_is_established():
 
 # ---- 2. Experiments
 def test_arms_are_what_their_labels_say():
-    want = Config(task="add", lr=3e-5, group_size=4, transform="min", at="rest", duplicates="share")
-    assert experiments.config_of("on at rest add share lr=3e-05 group_size=4") == want
+    want = Config("add", lr=3e-5, group_size=4, prompts=16, transform="min", at="rest")
+    assert experiments.config_of("on at rest add lr=3e-05 G=4") == want
+    assert experiments.config_of("off fork=0 share") == Config(fork=0, duplicates="share")
     assert experiments.config_of("off prefix max_grad_norm=inf").max_grad_norm == math.inf
     want = Config(transform=experiments.Scale(0.1), at="shared")
     assert experiments.config_of("scale=0.1 at shared") == want
