@@ -110,7 +110,7 @@ def parameters(policy):
 
 
 def random_policy(seed: int = 0) -> Policy:
-    """A policy in float64 that has learnt nothing."""
+    """A policy in float64 that has learned nothing."""
     return Policy(generator(seed, "test")).double()
 
 
@@ -427,7 +427,7 @@ def test_min_orth_and_no_weights_where_all_agree_give_the_parameters_one_gradien
 def test_section4_two_trajectories():
     # Â = −A and A, A = 3; a shared token of ratio ρ = 2; the other tokens' ratios multiply to
     # u_1 = ½ and u_2 = 4. The gradient at the shared log-probability x, of −loss:
-    #   factorised  ½ (−A ρ + A ρ) = 0
+    #   factorized  ½ (−A ρ + A ρ) = 0
     #   seq         ½ (−A ρ u_1 + A ρ u_2) = A ρ (u_2 − u_1) / 2 = 3 · 2 · 3.5 / 2 = 10.5
     A = tensor([[-3.0, 3.0]])
     mask = torch.ones(1, 2, 2).bool()
