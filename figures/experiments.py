@@ -196,9 +196,11 @@ EXPERIMENTS = {
         + arms(OFF_ON, "fork=0 G=16"),
         also=(
             ("off fork=0 G=2", "off lr=5e-05 fork=0 G=2"),
+            ("on at shared fork=0 G=2", "on fork=0 G=2"),
             ("on fork=0 G=2", "off lr=5e-05 fork=0 G=2"),
             ("on fork=0 G=2", "shrink fork=0 G=2"),
             ("off fork=0 G=8", "off lr=5e-05 fork=0 G=8"),
+            ("on at shared fork=0 G=8", "on fork=0 G=8"),
             ("on fork=0 G=8", "off lr=5e-05 fork=0 G=8"),
             ("on fork=0 G=8", "shrink fork=0 G=8"),
         ),
