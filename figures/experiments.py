@@ -1,7 +1,7 @@
 """The evidence: experiments of many runs, with their tables and figures.
 
     python -m figures.experiments ablation    train what is missing, then table and figure
-    python -m figures.experiments all         every experiment, about three hours on two cores
+    python -m figures.experiments all         every experiment: two to three hours on two cores
     python -m figures.experiments --plot      tables and figures again, without training
 
 Run it from the project's root. It trains on all cores. Runs are kept in runs/ as those of tokrl.py
