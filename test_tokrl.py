@@ -678,6 +678,7 @@ def test_train_twice_gives_the_same_bits_and_leaves_the_start_alone(quick):
     check(parameters(second["policy"]), parameters(policy), atol=0)
     check(parameters(start), parameters(Policy(generator(0, "start"))), atol=0)
     assert first == second | {"policy": policy}
+    assert first["curves"]["solution_drift"][0] == 0 < first["curves"]["solution_drift"][-1]
     assert first["answers"] == tokrl.answers(policy, start, task)
     assert (first["config"], first["seed"]) == (asdict(TINY), 3)
 
