@@ -59,7 +59,7 @@ class RandomSign:
 
 @dataclass(frozen=True)
 class Shrink:
-    """w_i · min_j w_j / mean_j w_j: weights as small as Min-Replace's, but unequal."""
+    """w_i · min_j w_j / mean_j w_j: unequal weights, whose mean is Min-Replace's weight."""
 
     def __call__(self, w, A, mask):
         least = w.masked_fill(~mask, float("inf")).amin(1, keepdim=True)  # (B,1,T)
@@ -68,7 +68,7 @@ class Shrink:
 
 @dataclass(frozen=True)
 class GroupMean:
-    """mean_j w_j for all: weights that cancel, but are no smaller."""
+    """mean_j w_j for all: equal weights, whose mean is that of the loss itself."""
 
     def __call__(self, w, A, mask):
         return (w.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(w)
