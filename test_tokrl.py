@@ -100,8 +100,11 @@ def side_by_side(**columns):
     for name, x in columns.items():
         rows = x.detach().double().reshape(-1, x.shape[-1] if x.dim() else 1).tolist()
         width = max(len(f"{number:.6g}") for row in rows for number in row)
-        cells = [name, *(" ".join(f"{number:{width}.6g}" for number in row) for row in rows)]
-        printed.append([cell.ljust(max(map(len, cells))) for cell in cells])
+        cells = [name]
+        for row in rows:
+            cells.append(" ".join(f"{number:{width}.6g}" for number in row))
+        wide = max(map(len, cells))
+        printed.append([cell.ljust(wide) for cell in cells])
     return "\n".join("  |  ".join(line).rstrip() for line in zip(*printed, strict=True))
 
 
@@ -584,7 +587,9 @@ UPDATES = {
 @pytest.mark.parametrize("name", UPDATES)
 def test_update_is_the_same_thing_written_out(name):
     config = replace(UPDATES[name], inner_steps=4, lr=3e-3, max_grad_norm=0.01)
-    policy, by_hand, reference = random_policy(1), random_policy(1), random_policy(2)
+    policy = random_policy(1)
+    by_hand = random_policy(1)
+    reference = random_policy(2)
     want = update_by_hand(by_hand, reference, config)
     push = tokrl.update(policy, reference, tokrl.adamw(policy, config.lr), config, *ROLLOUT)
     check(tensor(push), want, "net push", atol=1e-6)
@@ -708,7 +713,8 @@ def test_train_ends_where_it_ended_when_recorded(transform):
 
 # ---- 12. A finished run is its file
 def test_run_path_depends_on_configuration_seed_code_and_torch(tmp_path, monkeypatch):
-    off, on = Config(), Config(transform="min")
+    off = Config()
+    on = Config(transform="min")
     configs = [off, on, replace(off, kl=0.1), replace(on, at="rest")]
     paths = {tokrl.run_path(tmp_path, config, seed) for config in configs for seed in (0, 1)}
     assert tokrl.run_path(tmp_path, Config(fork=2, at="rest"), 0) in paths, "2, and off: no other"

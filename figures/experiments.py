@@ -292,7 +292,8 @@ def record(name: str, seeds: list, runs: Path, out: Path):
         if jobs:
             on_all_cores(tokrl.train_missing, jobs)
         result["arms"] = tokrl.finished_arms(configs, seeds, runs)
-        if missing := configs.keys() - result["arms"].keys():
+        missing = configs.keys() - result["arms"].keys()
+        if missing:
             raise ValueError(f"{name}: runs have diverged of {', '.join(sorted(missing))}")
     (out / f"{name}.json").write_text(json.dumps(result) + "\n")
 

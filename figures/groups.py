@@ -129,7 +129,10 @@ def mean_of_rows(rows: list[dict]) -> dict | None:
     """The mean of each number over rows; None: there are none."""
     if not rows:
         return None
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means = {}
+    for name in rows[0]:
+        means[name] = float(np.mean([row[name] for row in rows]))
+    return means
 
 
 def rows_of_groups(policy, loss, old_logprobs, prompts, tokens, rewards) -> list[dict]:

@@ -94,7 +94,8 @@ def spread_table(found: dict) -> str:
 
 def compare(found: dict, a: str, b: str, measure: str):
     """t_interval of a − b by seed; of drifts, whose scale differs by seed, it is log(a / b)."""
-    x, y = final(found, a, measure), final(found, b, measure)
+    x = final(found, a, measure)
+    y = final(found, b, measure)
     difference = np.log(x / y) if measure == "solution_drift" else x - y
     return t_interval(np.round(difference, 5))  # what is smaller is rounding
 
