@@ -371,6 +371,12 @@ def test_transform_by_hand(name, mine):
     check(got, want, says, A=tensor(A + A)[:, None], alive=mask, w=w)
 
 
+def test_shrink_gives_0_where_a_clip_has_left_no_weight_ex20(mine):
+    w = torch.zeros(1, 3, 2).double()
+    got = transform_weights(w, A3, torch.ones(1, 3, 2).bool(), mine)
+    check(got, w, "0 · min / mean is 0 / 0")
+
+
 SHARED = {  # the completions of a group; where all agree up to and including that token
     "a fork of two": (["7+5=", "7+1.", "7+93"], [1, 1, 0, 0]),
     "a third token by chance": (["7+5=", "7+5.", "7+53"], [1, 1, 1, 0]),

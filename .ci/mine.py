@@ -100,7 +100,8 @@ def future(log_r, A, mask, L):
 def shrink(w, A, mask):
     n = mask.sum(1, keepdim=True)
     least = w.masked_fill(~mask, math.inf).amin(1, keepdim=True)
-    return w * least / (w.sum(1, keepdim=True) / n)
+    mean = w.sum(1, keepdim=True) / n
+    return torch.where(mean > 0, w * least / mean, 0.0)
 
 
 def zero(w, A, mask):
