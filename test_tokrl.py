@@ -5,8 +5,8 @@
                                                     section4, prop31, cor32, cor33
     python -m pytest test_tokrl.py -k ex14          exercise 14, on your mine.py; -k _ex: all
 
-Most are worked by hand: the arithmetic stands above the check, or in its message. The others
-compare with an enumeration, or with the same thing written out.
+Most are worked by hand: the arithmetic is above the check or in its message. The others compare
+with an enumeration, or with the same thing written out.
 """
 
 import doctest
@@ -32,6 +32,7 @@ HERE = Path(tokrl.__file__).resolve().parent
 INF = math.inf
 NAN = math.nan
 generator = tokrl.named_generator
+os.environ.pop("MPLBACKEND", None)  # that of a notebook that calls pytest
 torch.set_num_threads(1)
 
 
@@ -204,6 +205,8 @@ def test_sample_groups_share_a_fork_and_branch_after_it_ex16(fork):
     assert after_it < 0.5, "after the fork each completion goes on by itself"
     after_eos = set(tokens[~mask].tolist())
     assert after_eos == {PAD}, "nothing but PAD after EOS"
+    again = tokrl.sample_groups(policy, prompts, 5, fork, 8, generator(0, "sampling"))
+    assert again.tolist() == tokens.tolist(), "the generator decides, and nothing else"
 
 
 @pytest.mark.parametrize("fork", [0, 1])
@@ -240,6 +243,7 @@ def test_group_advantages_of_equal_rewards_are_0_and_no_dust_ex9():
     rewards = torch.full((1, 7), 0.1)
     assert rewards.mean() != rewards[0, 0], "in float32 this mean is rounded"
     check(tokrl.group_advantages(rewards), torch.zeros(1, 7), "A mean may be rounded.", atol=0)
+    check(tokrl.group_advantages(rewards, False), torch.zeros(1, 7), "normalize=False", atol=0)
 
 
 def test_group_advantages_of_bfloat16_are_computed_in_float32_ex9():
@@ -328,16 +332,22 @@ def test_loss_and_transform_may_be_functions():
     w = transform_weights(RATIO, ADVANTAGES, MASK, lambda w, A, mask: mask + w * A[..., None])
     check(w, (1 + RATIO * A) * MASK, **INPUTS)
     assert Config(loss=abs, transform=abs).loss is abs
+    assert Config(loss="dapo", clip_eps=(0.2, 0.28)).clip_eps == (0.2, 0.28)
 
 
 def test_own_loss_cancels_and_clips_ex18(mine):
     # Three completions, of 2, 3 and 3 tokens, share two; then come ratios of 1000 and of 1/1000.
     log_r = tensor([[[1.1, 1.3, 1.0], [1.1, 1.3, 1000.0], [1.1, 1.3, 0.001]]]).log()
     mask = torch.tensor([[[1, 1, 0], [1, 1, 1], [1, 1, 1]]]).bool()
-    w = effective_weights(mine, log_r, log_r * 0, A3, mask)
+    w = effective_weights(mine, log_r, log_r * 0, A3, mask).double()
     says = side_by_side(A=A3[..., None], ratio=log_r.exp(), mask=mask, w=w)
     check(net_push(w, A3)[0, :2], tensor([0, 0]), f"net push at the shared tokens\n{says}")
     check(w[0, 1:, 2], tensor([0, 0]), f"weight at the ratios 1000 and 1/1000\n{says}")
+    for ratio in (1000.0, 0.001):  # a clip at a shared token must clip it for all, whatever their Â
+        moved = log_r.clone()
+        moved[..., 0] = math.log(ratio)
+        w = effective_weights(mine, moved, moved * 0, A3, mask).double()
+        check(net_push(w, A3)[0, :2], tensor([0, 0]), f"net push at a shared ratio of {ratio}")
     least = effective_weights(mine, log_r, log_r, A3, mask)[mask].min().item()
     assert least > 0, "at the first inner step every token is trained"
 
@@ -378,7 +388,7 @@ def test_shrink_gives_0_where_a_clip_has_left_no_weight_ex20(mine):
 
 
 SHARED = {  # the completions of a group; where all agree up to and including that token
-    "a fork of two": (["7+5=", "7+1.", "7+93"], [1, 1, 0, 0]),
+    "a fork of two": (["7+5=", "7+5.", "7+93"], [1, 1, 0, 0]),
     "a third token by chance": (["7+5=", "7+5.", "7+53"], [1, 1, 1, 0]),
     "agrees again after it has branched": (["17+5", "27+5", "17+5"], [0, 0, 0, 0]),
 }
@@ -524,8 +534,8 @@ def test_share_reward_by_hand_ex15():
     # Group 1: of 5, 6, 5, 5 three are copies, and 6 / 3 = 2. Group 2 has each completion once, and
     # does not see the first.
     tokens = torch.tensor([[[5, 1], [6, 1], [5, 1], [5, 1]], [[5, 1], [6, 1], [5, 2], [7, 1]]])
-    rewards = tensor([[6, 6, 6, 0], [1, 0, 1, 1]])
-    want = tensor([[2, 6, 2, 0], [1, 0, 1, 1]])
+    rewards = tensor([[6, 6, 6, 6], [1, 0, 1, 1]])
+    want = tensor([[2, 6, 2, 2], [1, 0, 1, 1]])
     check(tokrl.share_reward(tokens, rewards), want, rewards=rewards, tokens=tokens.flatten(1))
 
 
@@ -584,7 +594,7 @@ def update_by_hand(policy, reference, config):
 UPDATES = {
     "seq min at shared": Config(transform="min", at="shared"),
     "seq orth at rest": Config(transform="orth", at="rest"),
-    "prefix, fork 8 of 8": Config(loss="prefix", fork=7),
+    "prefix, all forked": Config(task="late", loss="prefix", fork=8),
     "cispo share, fork 0": Config(loss="cispo", duplicates="share", fork=0),
     "gspo min, wide clip": Config(loss="gspo", transform="min", clip_eps=0.3, kl=0.7),
 }
@@ -752,21 +762,32 @@ def test_program_names_the_packages_of_requirements_txt():
 
 
 def test_program_refuses_wrong_options(capsys):
-    for line in ["--loss ppo", "--group-size 1", "--seeds 3-1", "--seeds 3-", "--lr nan"]:
+    lines = ["--loss ppo", "--group-size 1", "--seeds 3-1", "--seeds 3-", "--lr nan"]
+    for line in [*lines, "--fork 8", "--clip-eps 0.1"]:
         with pytest.raises(SystemExit, match="2"):
             tokrl.main(line.split())
         assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_program_trains_min_where_on_is_asked_for(monkeypatch, tmp_path):
+    asked = {}
+    monkeypatch.setattr(tokrl, "train_missing", lambda arms, seeds, out: asked.update(arms))
+    tokrl.main(["--transform", "on", "--at", "shared", "--out", str(tmp_path)])
+    assert asked == {"on at shared": Config(transform="min", at="shared")}
+
+
 def test_program_goes_on_after_a_run_that_diverges(quick, monkeypatch, tmp_path, capsys):
-    arms = {"off": TINY, "on": replace(TINY, lr=1e30), "orth": replace(TINY, kl=0.1)}
+    on = replace(TINY, lr=1e30)
+    arms = {"off": TINY, "on": on, "orth": replace(TINY, kl=0.1)}
     monkeypatch.setattr(tokrl, "arms_of", lambda *_, **__: arms)
+    fine = tokrl.run_path(tmp_path, on, 0)
+    tokrl.save_run(fine, tokrl.train(TINY, 0))  # of "on", only seed 1 diverges
     assert tokrl.main(["--seeds", "0-1", "--out", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert "\noff, seed 0:\n75=  " in out and "\noff  " in out and "\north  " in out
     assert "on, seed 1: loss " in err and err.endswith("Not finished: on\n")
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) == 2 * 2 + 1 and files[-1] == "failure-modes.png"
+    assert len(files) == 2 * 2 + 1 + 1 and files[-1] == "failure-modes.png"
 
 
 @pytest.mark.slow

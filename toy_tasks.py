@@ -50,9 +50,12 @@ class Task:
 
     name: str
     fork: int  # how many opening tokens a group shares by default
-    max_completion: int  # tokens sampled per completion; exceeds the longest solution plus EOS
+    max_completion: int  # tokens sampled per completion; exceeds the longest solution plus EOS,
+    # and is at most 17 with the prompt, which is what the policy of tokrl.py can read
     table: dict[str, tuple[str, ...]]
-    favourite: float | None = None  # how often a demonstration is the first solution; None: evenly
+    favourite: float | None = (
+        None  # how often the first of several solutions is shown; None: evenly
+    )
 
     def prompts(self) -> list[str]:
         """Every prompt; all have one length."""

@@ -4,8 +4,8 @@
     python -m figures.experiments all         every experiment: two to three hours on two cores
     python -m figures.experiments --plot      tables and figures again, without training
 
-Run it from the project's root. It trains on all cores. Runs are kept in runs/ as those of tokrl.py
-are, and are shared by experiments that need the same one. (After an edit of a function arm, below,
+Run it from the project's root. It trains on all cores. Runs go into runs/, as with tokrl.py;
+experiments that need the same run share it. (After an edit of a function arm, below,
 start with another --runs: the name of a run's file depends on tokrl.py and toy_tasks.py only.)
 
 An experiment gathers its runs in OUT/NAME.json. OUT/NAME.png and the tables are made from that file
@@ -245,7 +245,7 @@ EXPERIMENTS = {
         also=(("off lr=3e-05", "on lr=0.0001"),),
     ),
     "sensitivity": Experiment(
-        "Does the headline hang on our choices?",
+        "Does the main result depend on our choices?",
         arms(OFF_ON, "inner_steps=1", "inner_steps=2", "inner_steps=4", "inner_steps=8")
         + arms(OFF, "inner_steps=2 steps=1600")
         + arms(OFF_ON, "max_grad_norm=0.15", "max_grad_norm=inf", "kl=0"),
