@@ -253,6 +253,15 @@ def test_group_advantages_of_bfloat16_are_computed_in_float32_ex9():
     check(tokrl.group_advantages(rewards, normalize=False), want, "normalize=False", atol=0)
 
 
+def test_share_reward_by_hand_ex15():
+    # Group 1: of 5, 6, 5, 5 three are copies, and 6 / 3 = 2. Group 2 has each completion once, and
+    # does not see the first.
+    tokens = torch.tensor([[[5, 1], [6, 1], [5, 1], [5, 1]], [[5, 1], [6, 1], [5, 2], [7, 1]]])
+    rewards = tensor([[6, 6, 6, 6], [1, 0, 1, 1]])
+    want = tensor([[2, 6, 2, 2], [1, 0, 1, 1]])
+    check(tokrl.share_reward(tokens, rewards), want, rewards=rewards, tokens=tokens.flatten(1))
+
+
 # ---- 5. Effective weights, by hand, and Eq. 2: which losses cancel at a shared token
 # Two groups of two, lengths n = 2 3 | 1 2 (one with a hole); L = 3, B G / M = 4 / 8.
 # The first group shares its first token.
@@ -530,15 +539,6 @@ def test_a_mask_of_floats_is_refused():
 
 
 # ---- 9. Collect and update
-def test_share_reward_by_hand_ex15():
-    # Group 1: of 5, 6, 5, 5 three are copies, and 6 / 3 = 2. Group 2 has each completion once, and
-    # does not see the first.
-    tokens = torch.tensor([[[5, 1], [6, 1], [5, 1], [5, 1]], [[5, 1], [6, 1], [5, 2], [7, 1]]])
-    rewards = tensor([[6, 6, 6, 6], [1, 0, 1, 1]])
-    want = tensor([[2, 6, 2, 2], [1, 0, 1, 1]])
-    check(tokrl.share_reward(tokens, rewards), want, rewards=rewards, tokens=tokens.flatten(1))
-
-
 def test_collect_draws_samples_and_rewards_as_configured(monkeypatch):
     monkeypatch.setattr(Task, "reward", lambda self, prompt, text: int(prompt[0]) + 10 * len(text))
     config = Config(task="chain", fork=3, group_size=5, prompts=200)
