@@ -121,7 +121,7 @@ def check(got, want, says="", atol=1e-12, **inputs):
     apart = (got.detach().double() - want.double()).abs()
     if not ((apart <= atol) | (got.isnan() & want.isnan())).all():
         shown = side_by_side(**inputs, want=want, got=got) if want.numel() < 100 else ""
-        pytest.fail(f"off by {apart.max():.6g}. {says}\n{shown}")
+        pytest.fail(f"largest difference {apart.max():.6g}. {says}\n{shown}")
 
 
 def parameters(policy):
