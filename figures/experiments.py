@@ -349,18 +349,20 @@ def show(name: str, out: Path) -> str:
 def main(argv: list[str] | None = None):
     """Record and show the experiments that are named."""
     parser = ArgumentParser("figures.experiments", description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", default="all", choices=[*EXPERIMENTS, "all"])
+    parser.add_argument("name", nargs="?", choices=[*EXPERIMENTS, "all"])
     parser.add_argument("--plot", action="store_true", help="only tables and figures, no training")
     parser.add_argument("--seeds", type=tokrl.seed_range, default=SEEDS, help="default 0-7")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--out", type=Path, default=HERE, help="where results go")
     args = parser.parse_args(argv)
+    if not (args.name or args.plot):
+        parser.error(f"which experiment? {', '.join(EXPERIMENTS)}, all, or --plot")
     if args.out.resolve() == HERE and args.seeds != SEEDS:
         parser.error("figures/ holds seeds 0-7: choose another --out for other seeds")
     args.runs.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     texts = []
-    for name in EXPERIMENTS if args.name == "all" else [args.name]:
+    for name in EXPERIMENTS if args.name in (None, "all") else [args.name]:
         if not args.plot:
             record(name, args.seeds, args.runs, args.out)
         texts.append(show(name, args.out))
