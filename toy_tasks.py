@@ -50,12 +50,11 @@ class Task:
 
     name: str
     fork: int  # how many opening tokens a group shares by default
-    max_completion: int  # tokens sampled per completion; exceeds the longest solution plus EOS,
-    # and is at most 17 with the prompt, which is what the policy of tokrl.py can read
+    # Tokens sampled per completion: more than the longest solution plus EOS, and with the prompt at
+    # most 17, which is what the policy of tokrl.py can read.
+    max_completion: int
     table: dict[str, tuple[str, ...]]
-    favourite: float | None = (
-        None  # how often the first of several solutions is shown; None: evenly
-    )
+    favourite: float | None = None  # how often the first solution is shown; None: evenly
 
     def prompts(self) -> list[str]:
         """Every prompt; all have one length."""
